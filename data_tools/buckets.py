@@ -1,0 +1,222 @@
+"""Aspect-ratio buckets: which picture is resized and cropped to which size. Pure arithmetic, except for `cut`.
+
+All sizes are (height, width) in pixels; only Pillow's `.size` is (width, height).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+
+from data_tools.errors import DataToolsError, UsageError, shown
+from data_tools.records import ImageRecord
+
+Size = tuple[int, int]
+MANY_BUCKETS = 10_000
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How one picture becomes exactly one bucket's size: resize it, then cut the bucket out of it."""
+
+    bucket: Size
+    """(height, width) of the result."""
+    resize: Size
+    """(height, width) the whole picture is resized to; covers the bucket."""
+    crop_top_left: tuple[int, int]
+    """(top, left) of the bucket inside the resized picture; centred, rounded towards the top left."""
+    lost: float
+    """Share of the picture that is cropped away, 0 to 1."""
+
+
+@dataclass(frozen=True)
+class BucketRow:
+    """One line of the bucket plan."""
+
+    bucket: Size
+    pictures: int
+    samples: int
+    """Pictures counted with their repeats."""
+    mean_lost: float
+    max_lost: float
+    most_lost: str
+    """The file that loses `max_lost`."""
+
+
+def make_buckets(
+    resolution: int, multiple: int, min_side: int | None = None, max_side: int | None = None
+) -> list[Size]:
+    """All sizes of about resolution^2 pixels, and never more, whose sides are multiples of `multiple`.
+
+    For each width the height is the largest multiple that keeps height x width <= resolution^2, and the other way
+    round, so every bucket is less than one step short of the area.
+
+    Args:
+        resolution: side of the square bucket, pixels.
+        multiple: step of both sides, pixels; the family's `bucket_multiple`, or a multiple of it (64 is usual).
+        min_side: shortest side; None means half the resolution.
+        max_side: longest side; None means twice the resolution.
+
+    Returns:
+        (height, width) pairs, sorted by shape from tall to wide.
+
+    Raises:
+        UsageError: sizes that leave no bucket.
+
+    Source: kohya sd-scripts `make_bucket_resolutions`; 1024 and 64 give the sizes of the SDXL paper, arXiv:2307.01952, table 2.
+    """
+    if multiple < 1 or resolution < multiple:
+        raise UsageError(
+            f"resolution={resolution} and multiple={multiple} leave no bucket; a side is at least one multiple."
+        )
+    low = max(multiple, math.ceil((min_side or resolution / 2) / multiple) * multiple)
+    high = (max_side or resolution * 2) // multiple * multiple
+    square = resolution // multiple * multiple
+    if not low <= square <= high:
+        raise UsageError(
+            f"min_side={min_side} and max_side={max_side} leave out the square of resolution={resolution} in steps "
+            f"of {multiple}; widen them."
+        )
+    if (high - low) // multiple > MANY_BUCKETS:
+        raise UsageError(
+            f"resolution={resolution} in steps of {multiple} makes more than {MANY_BUCKETS} buckets; raise multiple."
+        )
+    sizes = {(square, square)}
+    for side in range(low, high + 1, multiple):
+        other = min(high, resolution**2 // side // multiple * multiple)
+        if other >= low:
+            sizes |= {(side, other), (other, side)}
+    return sorted(sizes, key=lambda size: (size[1] / size[0], size))
+
+
+def assign(
+    width: int, height: int, buckets: Sequence[Size], *, upscale: bool = False, multiple: int | None = None
+) -> Placement:
+    """The bucket nearest in shape, and the resize and centred crop that lead to it.
+
+    A picture smaller than that bucket is not enlarged unless `upscale`: its bucket's sides are then cut down to its own
+    sides, rounded down to `multiple`, which is an extra bucket beside those given.
+
+    Args:
+        width, height: of the upright picture, pixels.
+        buckets: (height, width) pairs.
+        upscale: enlarge small pictures.
+        multiple: step of an extra bucket, pixels; None means the greatest common divisor of all sides in `buckets`.
+
+    Raises:
+        UsageError: no buckets.
+        DataToolsError: a side is below one multiple and `upscale` is off.
+    """
+    if not buckets:
+        raise UsageError("There are no buckets to choose from; make_buckets gives them.")
+    step = multiple or math.gcd(*(side for bucket in buckets for side in bucket))
+    shape = math.log(width / height)
+
+    def distance(bucket: Size) -> tuple[float, bool, int]:
+        fits = bucket[0] <= height and bucket[1] <= width
+        area = bucket[0] * bucket[1]
+        # keep: rounded, so that equal shapes tie in spite of the logarithm and the largest that fits is taken.
+        return (
+            round(abs(math.log(bucket[1] / bucket[0]) - shape), 9),
+            not fits,
+            -area if fits or upscale else area,
+        )
+
+    bucket = min(buckets, key=distance)
+    if not upscale and (bucket[0] > height or bucket[1] > width):
+        bucket = (min(bucket[0], height // step * step), min(bucket[1], width // step * step))
+        if min(bucket) < 1:
+            raise DataToolsError(
+                f"A picture of {width} x {height} pixels is smaller than one step of {step}; remove it, or "
+                "allow upscaling."
+            )
+    return _cover(width, height, bucket)
+
+
+def _cover(width: int, height: int, bucket: Size) -> Placement:
+    """The smallest resize that keeps the shape and covers the bucket, in whole numbers."""
+    if bucket[1] * height >= bucket[0] * width:
+        resize = (max(bucket[0], (2 * height * bucket[1] + width) // (2 * width)), bucket[1])
+    else:
+        resize = (bucket[0], max(bucket[1], (2 * width * bucket[0] + height) // (2 * height)))
+    top_left = ((resize[0] - bucket[0]) // 2, (resize[1] - bucket[1]) // 2)
+    return Placement(bucket, resize, top_left, 1 - bucket[0] * bucket[1] / (resize[0] * resize[1]))
+
+
+def place(
+    records: Iterable[ImageRecord],
+    buckets: Sequence[Size],
+    *,
+    upscale: bool = False,
+    multiple: int | None = None,
+) -> list[Placement]:
+    """`assign` for every record, in order.
+
+    Raises:
+        DataToolsError: naming every picture that is too small.
+    """
+    placements, problems = [], []
+    for record in records:
+        try:
+            placements.append(
+                assign(record.width, record.height, buckets, upscale=upscale, multiple=multiple)
+            )
+        except UsageError:
+            raise
+        except DataToolsError as error:
+            problems.append(f"{shown(record.file_name)}: {error.headline}")
+    if problems:
+        raise DataToolsError("These pictures fit no bucket:", problems)
+    return placements
+
+
+def plan_table(records: Sequence[ImageRecord], placements: Sequence[Placement]) -> list[BucketRow]:
+    """One row per bucket in use, from tall to wide; the `pictures` add up to the records."""
+    groups = defaultdict(list)
+    for record, placement in zip(records, placements, strict=True):
+        groups[placement.bucket].append((record, placement.lost))
+    rows = []
+    for bucket, members in sorted(groups.items(), key=lambda item: (item[0][1] / item[0][0], item[0])):
+        worst, max_lost = max(members, key=lambda member: member[1])
+        mean = sum(lost for _, lost in members) / len(members)
+        rows.append(
+            BucketRow(
+                bucket,
+                len(members),
+                sum(record.repeats for record, _ in members),
+                mean,
+                max_lost,
+                worst.file_name,
+            )
+        )
+    return rows
+
+
+def cut(image: Image.Image, placement: Placement) -> Image.Image:
+    """Resize and crop `image` in one go: exactly `placement.bucket` in size, Lanczos, large pictures averaged down first.
+
+    Raises:
+        ValueError: the picture does not have the shape that the placement was made for.
+    """
+    (height, width), (top, left) = placement.bucket, placement.crop_top_left
+    down, across = image.height / placement.resize[0], image.width / placement.resize[1]
+    aspect = image.height / image.width
+    # keep: one side of the resize was rounded, by at most half a pixel.
+    if abs(aspect * placement.resize[1] - placement.resize[0]) > 0.5 * max(1.0, aspect) + 1e-6:
+        raise ValueError(
+            f"the placement resizes to {placement.resize}, but the picture is {image.height} x {image.width}"
+        )
+    # keep: cutting the box while resizing equals resize then crop, without ever holding the part that is lost.
+    box = (
+        left * across,
+        top * down,
+        min((left + width) * across, image.width),
+        min((top + height) * down, image.height),
+    )
+    if box == (0, 0, width, height) and image.size == (width, height):
+        return image.copy()
+    return image.resize((width, height), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)

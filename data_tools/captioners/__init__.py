@@ -1,0 +1,140 @@
+"""Where captions come from: one function per source, in one table."""
+
+from __future__ import annotations
+
+from data_tools.captioners.base import Answer, Caption, Captioner
+from data_tools.captioners.filename import filename
+from data_tools.captioners.kohya import kohya
+from data_tools.captioners.metadata import metadata
+from data_tools.captioners.sidecar import sidecar, stem
+from data_tools.captioners.template import check_template, template
+from data_tools.errors import Problem, UsageError
+from data_tools.folder import Listing
+
+__all__ = ["AUTO", "CAPTIONERS", "Answer", "Caption", "Captioner", "caption_folder"]
+
+CAPTIONERS: dict[str, Captioner] = {
+    "sidecar": sidecar,
+    "metadata": metadata,
+    "kohya": kohya,
+    "template": template,
+    "filename": filename,
+}
+AUTO = "auto"
+"""Metadata when the folder has it; else per picture the first of sidecar, kohya folder and template that answers."""
+
+
+def caption_folder(listing: Listing, captions: str = AUTO, template_text: str | None = None) -> Answer:
+    """Caption all pictures of a folder; each one without a caption is named with what to do.
+
+    Args:
+        listing: the folder.
+        captions: "auto" or a name in `CAPTIONERS`.
+        template_text: a sentence with blanks, for "template" and "auto".
+
+    Raises:
+        UsageError: an unknown name, or a template that is missing, unused or cannot be filled.
+    """
+    check_choice(captions, template_text)
+    if captions != AUTO:
+        answer = CAPTIONERS[captions](listing, template_text)
+    elif listing.metadata:
+        answer = metadata(listing, template_text)
+        _compare_sidecars(listing, answer)
+    else:
+        answer = _first_that_answers(listing, template_text)
+    _name_the_uncaptioned(listing, answer, captions)
+    _name_unused_sidecars(listing, answer)
+    return answer
+
+
+def check_choice(captions: str, template_text: str | None) -> None:
+    """Refuse a source that is not known and a template that could not be followed."""
+    if captions != AUTO and captions not in CAPTIONERS:
+        raise UsageError(
+            f"captions={captions!r} is not known; choose one of {', '.join([AUTO, *CAPTIONERS])}."
+        )
+    if template_text is not None:
+        check_template(template_text)
+        if captions not in (AUTO, "template"):
+            raise UsageError(
+                f"A template is given, but captions={captions!r} never uses it; leave out one of the two."
+            )
+    elif captions == "template":
+        raise UsageError('captions="template" needs a template, such as --template "a photo of sks dog".')
+
+
+def _first_that_answers(listing: Listing, template_text: str | None) -> Answer:
+    answer = Answer()
+    for source in (sidecar, kohya, template):
+        if source is template and template_text is None:
+            continue
+        missing = [
+            name for name in listing.pictures if name not in answer.captions and name not in answer.failed
+        ]
+        if missing:
+            rest = Listing(
+                listing.root, missing if source is not template else listing.pictures, listing.sidecars
+            )
+            answer.extend(source(rest, template_text), missing)
+    return answer
+
+
+def _compare_sidecars(listing: Listing, answer: Answer) -> None:
+    """Metadata wins over sidecars; where they say different things, somebody edited one of them."""
+    beside = sidecar(listing, None)
+    answer.used |= beside.used
+    for name, found in beside.captions.items():
+        known = answer.captions.get(name)
+        if known is not None and known.captions != found.captions:
+            answer.problems.append(
+                Problem(
+                    name,
+                    f"has another caption in its text file than in {listing.metadata[0]}",
+                    "the metadata is used",
+                    "take the text files with --captions sidecar --write, or remove them",
+                    "warning",
+                )
+            )
+
+
+def _name_the_uncaptioned(listing: Listing, answer: Answer, captions: str) -> None:
+    for name in listing.pictures:
+        if not any(name in told for told in (answer.captions, answer.failed, answer.used)):
+            answer.fail(
+                name,
+                Problem(
+                    name,
+                    "has no caption",
+                    f"nothing was found for captions={captions!r}",
+                    "write a text file of the same name beside it, put it in a folder named N_name, give --template "
+                    '"a photo of ...", or ask for --captions filename',
+                ),
+            )
+
+
+def _name_unused_sidecars(listing: Listing, answer: Answer) -> None:
+    stems = {stem(name) for name in listing.pictures}
+    for name in listing.sidecars:
+        if name in answer.used:
+            continue
+        if stem(name) in stems:
+            answer.problems.append(
+                Problem(
+                    name,
+                    "is not read",
+                    "captions were asked from elsewhere",
+                    "take it with --captions sidecar",
+                    "note",
+                )
+            )
+        else:
+            answer.problems.append(
+                Problem(
+                    name,
+                    "is a text file without a picture",
+                    "only exactly the same stem counts",
+                    "rename it if it is the caption of a picture",
+                    "warning",
+                )
+            )

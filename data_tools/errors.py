@@ -1,0 +1,93 @@
+"""What is wrong with a file, in words for its owner; and the exceptions that carry such words.
+
+A `Problem` names the file, what was found, why that cannot work and what to do. Problems are gathered over the whole
+folder and shown together; `DataToolsError` is for the command line to print without a traceback.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Severity = Literal["error", "warning", "note"]
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One finding about one file (or about the folder itself, when `file_name` is empty).
+
+    An "error" keeps the picture out of the records; a "warning" deserves a look; a "note" tells what was left aside.
+    """
+
+    file_name: str
+    what: str
+    why: str
+    remedy: str
+    severity: Severity = "error"
+
+    def __str__(self) -> str:
+        return sentence([self])
+
+
+class RefusedError(Exception):
+    """A file that cannot be used; whoever knows the file's name turns it into a `Problem`."""
+
+    def __init__(self, what: str, why: str, remedy: str) -> None:
+        self.what, self.why, self.remedy = what, why, remedy
+        super().__init__(f"{what}; {why}; {remedy}")
+
+    def problem(self, file_name: str, severity: Severity = "error") -> Problem:
+        """The same words about the file called `file_name`."""
+        return Problem(file_name, self.what, self.why, self.remedy, severity)
+
+
+class DataToolsError(Exception):
+    """Pictures, captions or manifests that cannot be used as they are; the command line exits with `exit_code`."""
+
+    exit_code = 3
+
+    def __init__(self, headline: str, problems: Iterable[Problem | str] = ()) -> None:
+        self.headline = headline
+        self.problems = tuple(str(problem) for problem in problems)
+        super().__init__(self.text())
+
+    def text(self) -> str:
+        """The whole message: the headline, then one indented line per problem."""
+        return "\n".join([self.headline, *(f"  - {problem}" for problem in self.problems)])
+
+
+class UsageError(DataToolsError):
+    """An option or argument that cannot be followed."""
+
+    exit_code = 2
+
+
+def shown(text: str) -> str:
+    """`text` fit for a terminal: control, direction-changing and undecodable characters are written as escapes."""
+    # U+200D joins emoji and changes nothing else.
+    unsafe = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+    return "".join(
+        char.encode("unicode_escape").decode("ascii")
+        if unicodedata.category(char) in unsafe and char != "\u200d"
+        else char
+        for char in text
+    )
+
+
+def sentence(problems: Sequence[Problem]) -> str:
+    """One line for problems that share what, why and remedy: the names, then the three."""
+    first = problems[0]
+    names = ", ".join(shown(problem.file_name) for problem in problems if problem.file_name)
+    count = f" ({len(problems)} files)" if len(problems) > 1 else ""
+    return f"{names}{count}{': ' if names else ''}{shown(first.what)}; {shown(first.why)}; {shown(first.remedy)}."
+
+
+def grouped(problems: Iterable[Problem]) -> list[str]:
+    """Every problem, those with the same words gathered into one line; order of first appearance."""
+    groups: dict[tuple[str, str, str], list[Problem]] = {}
+    for problem in problems:
+        groups.setdefault((problem.what, problem.why, problem.remedy), []).append(problem)
+    return [sentence(group) for group in groups.values()]

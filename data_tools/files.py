@@ -1,0 +1,90 @@
+"""Reading files that may be anything, and writing one so that a crash leaves the old one whole."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+from data_tools.errors import RefusedError
+
+KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def kind_of(mode: int) -> str | None:
+    """What a file with this `st_mode` is, or None for a regular file."""
+    return next((name for test, name in KINDS if test(mode)), None)
+
+
+def not_regular(kind: str) -> RefusedError:
+    """The refusal of a pipe, socket, device or folder where a file is needed."""
+    return RefusedError(
+        f"is {kind}",
+        "only regular files are opened, because reading this could block or never end",
+        "move it out of the folder",
+    )
+
+
+def read_regular(path: Path, max_bytes: int) -> bytes:
+    """All bytes of a regular file; a pipe, socket or device is refused without waiting for it.
+
+    Raises:
+        RefusedError: not a regular file, larger than `max_bytes`, or the system will not let it be read.
+    """
+    try:
+        # keep: O_NONBLOCK, because opening a named pipe without it waits for a writer that may never come.
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        with open(os.open(path, flags), "rb") as file:
+            status = os.fstat(file.fileno())
+            kind = kind_of(status.st_mode)
+            if kind is not None:
+                raise not_regular(kind)
+            if status.st_size > max_bytes:
+                raise RefusedError(
+                    f"holds {status.st_size:,} bytes",
+                    f"files above {max_bytes:,} bytes are not read",
+                    "save a smaller version, or move it out of the folder",
+                )
+            return file.read()
+    except OSError as error:
+        raise RefusedError(
+            f"cannot be read ({error.strerror or error})",
+            "its bytes are needed to check it",
+            "mend its permissions or the disk, or move it out of the folder",
+        ) from error
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write `data` beside `path`, make it durable, then rename: readers see the old file or the new one."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with open(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        # keep: mkstemp makes files that only their owner can read.
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable, where the system can open folders at all (Windows cannot)."""
+    if hasattr(os, "O_DIRECTORY"):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,207 @@
+"""What lies in a dataset folder: pictures, caption files, metadata - and everything else, named with a reason."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from data_tools.errors import Problem, UsageError, shown
+from data_tools.files import kind_of, not_regular
+from data_tools.images import SUFFIXES
+
+SIDECARS = (".txt", ".caption")
+METADATA = ("metadata.jsonl", "metadata.csv")
+OTHER_METADATA = "metadata.parquet"
+
+
+@dataclass
+class Listing:
+    """The files of one folder, as paths relative to `root` with forward slashes, in `order`."""
+
+    root: Path
+    pictures: list[str] = field(default_factory=list)
+    sidecars: list[str] = field(default_factory=list)
+    metadata: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+
+def order(names: Iterable[str]) -> list[str]:
+    """Names by code points of their composed (NFC) form, so that macOS and Linux agree; `img10` comes before `img2`."""
+    return sorted(names, key=lambda name: (unicodedata.normalize("NFC", name), name))
+
+
+def list_folder(folder: Path) -> Listing:
+    """Walk `folder` and sort every file into pictures, caption files, metadata, or a problem that names it.
+
+    Links are followed only to files inside the folder; links to folders never. Hidden entries are left aside.
+
+    Raises:
+        UsageError: `folder` is not there or not a folder.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        what = "is a file, not a folder" if root.exists() else "is not there"
+        raise UsageError(f"{shown(str(folder))} {what}; give the folder that holds the pictures.")
+    listing = Listing(root.resolve())
+    for name in order(_walk(listing.root, "", listing.problems)):
+        _sort_in(name, listing)
+    listing.problems.extend(_case_clashes(listing.pictures))
+    return listing
+
+
+def _walk(root: Path, inside: str, problems: list[Problem]) -> Iterator[str]:
+    """Relative names of all usable regular files; the rest goes to `problems`."""
+    try:
+        with os.scandir(root / inside) as entries:
+            found = sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        problems.append(
+            Problem(
+                inside or ".",
+                f"this folder cannot be read ({error.strerror})",
+                "what is in it stays unknown",
+                "mend its permissions, or move it away",
+            )
+        )
+        return
+    for entry in found:
+        name = f"{inside}/{entry.name}" if inside else entry.name
+        problem = _unusable(root, name, entry)
+        if problem is not None:
+            problems.append(problem)
+        elif entry.is_dir(follow_symlinks=False):
+            if PurePosixPath(name).suffix.lower() in SUFFIXES:
+                problems.append(
+                    Problem(
+                        name,
+                        "is a folder named like a picture",
+                        "the pictures inside it are read",
+                        "rename it if that is not meant",
+                        "note",
+                    )
+                )
+            yield from _walk(root, name, problems)
+        else:
+            yield name
+
+
+def _unusable(root: Path, name: str, entry: os.DirEntry[str]) -> Problem | None:
+    """Why this entry is not even looked at, or None."""
+    if entry.name.startswith("."):
+        return Problem(
+            name,
+            "is hidden (its name starts with a dot)",
+            "systems and editors keep their own files so",
+            "rename it if it belongs to the dataset",
+            "note",
+        )
+    try:
+        entry.name.encode("utf-8")
+    except UnicodeEncodeError:
+        return Problem(name, "has a name that is not UTF-8", "no manifest can name it", "rename it")
+    if entry.is_symlink():
+        return _bad_link(root, name)
+    kind = None if entry.is_dir(follow_symlinks=False) else kind_of(entry.stat(follow_symlinks=False).st_mode)
+    if kind is None:
+        return None
+    usable = PurePosixPath(name).suffix.lower() in (*SUFFIXES, *SIDECARS)
+    return not_regular(kind).problem(name, "error" if usable else "note")
+
+
+def _bad_link(root: Path, name: str) -> Problem | None:
+    """Why a symbolic link is refused; None when it leads to a regular file inside the folder."""
+    path = root / name
+    target = Path(os.path.realpath(path))
+    if not target.is_relative_to(root):
+        return Problem(
+            name,
+            "is a link that leads out of the folder",
+            "only files inside the folder are read",
+            "copy the file here in place of the link",
+        )
+    if not os.path.exists(path):
+        return Problem(
+            name, "is a broken link", "the file it points to is not there", "remove it, or restore its target"
+        )
+    if target.is_dir():
+        return Problem(
+            name,
+            "is a link to a folder",
+            "its pictures would be counted twice",
+            "remove it; repeats belong in the manifest or in a kohya folder name",
+            "warning",
+        )
+    kind = kind_of(target.stat().st_mode)
+    return None if kind is None else not_regular(kind).problem(name)
+
+
+def _sort_in(name: str, listing: Listing) -> None:
+    path = PurePosixPath(name)
+    suffix = path.suffix.lower()
+    if name in METADATA:
+        listing.metadata.append(name)
+    elif path.name in METADATA:
+        listing.problems.append(
+            Problem(
+                name,
+                "is metadata in a subfolder",
+                "only the one in the top folder is read",
+                "move its rows there, with file_name relative to the top folder",
+                "warning",
+            )
+        )
+    elif path.name == OTHER_METADATA:
+        listing.problems.append(
+            Problem(
+                name,
+                "is metadata in parquet format",
+                "jsonl and csv are read here",
+                "write it as metadata.jsonl (pandas: to_json(orient='records', lines=True))",
+                "warning",
+            )
+        )
+    elif suffix in SUFFIXES:
+        listing.pictures.append(name)
+    elif suffix in SIDECARS:
+        listing.sidecars.append(name)
+    else:
+        listing.problems.append(
+            Problem(
+                name,
+                f"is left aside ({suffix or 'no file ending'})",
+                f"pictures end in {' '.join(sorted(SUFFIXES))}",
+                "convert or rename it if it is a picture",
+                "note",
+            )
+        )
+
+
+def _case_clashes(names: list[str]) -> Iterator[Problem]:
+    """Names that become one file on Windows and macOS."""
+    same = defaultdict(list)
+    for name in names:
+        same[unicodedata.normalize("NFC", name).casefold()].append(name)
+    for group in same.values():
+        for name in group[1:]:
+            yield Problem(
+                name,
+                f"differs from {group[0]} only in upper and lower case or in Unicode form",
+                "on Windows and macOS one of them overwrites the other",
+                "rename one",
+                "warning",
+            )
+
+
+def inside(name: object) -> str | None:
+    """`name` in plain relative form, or None when it is no path inside the folder (absolute, `..`, a URL, not text)."""
+    if not isinstance(name, str) or not name.strip() or "\0" in name or "://" in name:
+        return None
+    path = PurePosixPath(name)
+    windows = "\\" in name and (name[1:2] == ":" or ".." in name.split("\\") or name.startswith("\\"))
+    if path.is_absolute() or ".." in path.parts or windows:
+        return None
+    return str(path)

@@ -1,0 +1,209 @@
+"""The manifest: metadata.jsonl at the top of the folder, one row per picture.
+
+It is an imagefolder: `datasets.load_dataset("imagefolder", data_dir=folder)` reads it with `text` and our columns.
+A text of several lines is several captions, as in caption files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from data_tools.captioners.metadata import parse_row
+from data_tools.errors import DataToolsError, Problem, RefusedError, grouped, shown
+from data_tools.files import read_regular, write_atomic
+from data_tools.fingerprints import sha256
+from data_tools.folder import Listing, list_folder
+from data_tools.images import MAX_FILE_BYTES
+from data_tools.records import ImageRecord
+from data_tools.rows import MASK_COLUMN, Finder, Row, match_rows, read_rows
+
+NAME = "metadata.jsonl"
+SOURCES = ("sidecar", "metadata", "template", "filename", "kohya folder")
+OURS = (
+    "file_name",
+    "text",
+    "width",
+    "height",
+    "role",
+    "repeats",
+    "sha256",
+    "pixel_sha256",
+    "phash",
+    "source",
+    "notes",
+    MASK_COLUMN,
+)
+SCAN_AGAIN = "scan the folder again with --write"
+
+
+def write(folder: Path, records: Iterable[ImageRecord]) -> Path:
+    """Write folder/metadata.jsonl in one step: a crash leaves the old file whole; the same records give the same bytes.
+
+    Columns of an older metadata.jsonl that we do not know (a licence, an author) are kept for the pictures that stay.
+
+    Raises:
+        DataToolsError: a metadata.csv stands beside it, the older file cannot be read, or the disk cannot be written.
+    """
+    root = Path(folder)
+    if (root / "metadata.csv").exists():
+        raise DataToolsError(
+            f"{shown(str(folder))} holds metadata.csv, and `datasets` refuses a second metadata file; "
+            "move metadata.csv away (its captions are in the scan)."
+        )
+    foreign = _foreign_columns(root)
+    ordered = list(records)
+    masks = any(record.mask_file for record in ordered)
+    lines = [
+        json.dumps(
+            {**_row(record, masks), **foreign.get(record.file_name, {})}, ensure_ascii=False, allow_nan=False
+        )
+        for record in ordered
+    ]
+    try:
+        write_atomic(root / NAME, "".join(f"{line}\n" for line in lines).encode())
+    except OSError as error:
+        raise DataToolsError(
+            f"{shown(str(root / NAME))} cannot be written ({error.strerror}); "
+            "free space or mend the permissions."
+        ) from error
+    return root / NAME
+
+
+def _row(record: ImageRecord, masks: bool) -> dict[str, Any]:
+    row = {
+        "file_name": record.file_name,
+        "text": "\n".join(record.captions),
+        "width": record.width,
+        "height": record.height,
+        "role": record.role,
+        "repeats": record.repeats,
+        "sha256": record.sha256,
+        "pixel_sha256": record.pixel_sha256,
+        "phash": record.phash,
+        "source": record.source,
+        # keep: text, because a column of lists that are all empty has no type for Arrow.
+        "notes": "; ".join(record.notes),
+    }
+    return {**row, MASK_COLUMN: record.mask_file} if masks else row
+
+
+def _foreign_columns(root: Path) -> dict[str, dict[str, Any]]:
+    if not (root / NAME).exists():
+        return {}
+    found = read_rows(root, NAME)
+    if found.problems:
+        raise DataToolsError(
+            f"The {NAME} that is there cannot be read, so it is not replaced; mend it or move it away:",
+            grouped(found.problems),
+        )
+    matched, _ = match_rows(found.rows, list_folder(root))
+    dropped = (*OURS, "caption")
+    return {
+        name: {key: value for key, value in row.values.items() if key not in dropped}
+        for name, row in matched.items()
+    }
+
+
+def read(folder: Path, *, check_bytes: bool = True) -> list[ImageRecord]:
+    """Read and verify a manifest written by `write`, in its order.
+
+    Args:
+        folder: the dataset folder.
+        check_bytes: also compare every picture's sha256 with the manifest (reads all files, decodes none).
+
+    Raises:
+        UsageError: no such folder.
+        DataToolsError: naming every row without a file, file without a row, second row of a file, path out of the
+            folder, changed file and unreadable row at once.
+    """
+    listing = list_folder(folder)
+    if NAME not in listing.metadata:
+        raise DataToolsError(f"{shown(str(folder))} has no {NAME}; {SCAN_AGAIN} to make it.")
+    found = read_rows(listing.root, NAME)
+    matched, unmatched = match_rows(found.rows, listing)
+    problems = (
+        [problem for problem in listing.problems if problem.severity == "error"] + found.problems + unmatched
+    )
+    find = Finder(listing)
+    records: list[ImageRecord] = []
+    for name, row in matched.items():
+        try:
+            records.append(_record(name, row, find))
+        except RefusedError as refusal:
+            problems.append(refusal.problem(f"{name} ({row.place})"))
+    masks = {record.mask_file for record in records}
+    problems += [
+        Problem(
+            name,
+            f"has no row in {NAME}",
+            "it would be left out in silence",
+            f"{SCAN_AGAIN}, or move it out of the folder",
+        )
+        for name in listing.pictures
+        if name not in matched and name not in masks
+    ]
+    if check_bytes:
+        problems += _changed(listing, records)
+    if problems:
+        raise DataToolsError(
+            f"The manifest of {shown(str(folder))} does not fit the folder:", grouped(problems)
+        )
+    return records
+
+
+def _record(name: str, row: Row, find: Finder) -> ImageRecord:
+    caption = parse_row(row, find)
+    values = row.values
+    for column, kind in (
+        ("width", int),
+        ("height", int),
+        ("sha256", str),
+        ("pixel_sha256", str),
+        ("phash", str),
+    ):
+        if not isinstance(values.get(column), kind):
+            raise RefusedError(f"has no usable {column}", "the row was not written by a scan", SCAN_AGAIN)
+    if min(values["width"], values["height"]) < 1:
+        raise RefusedError(
+            f"is {values['width']} x {values['height']} pixels", "a picture has at least one", SCAN_AGAIN
+        )
+    return ImageRecord(
+        file_name=name,
+        width=values["width"],
+        height=values["height"],
+        captions=caption.captions,
+        role=caption.role or "instance",
+        repeats=caption.repeats or 1,
+        sha256=values["sha256"],
+        pixel_sha256=values["pixel_sha256"],
+        phash=values["phash"],
+        mask_file=caption.mask_file,
+        source=values["source"] if values.get("source") in SOURCES else "metadata",
+        notes=tuple(str(values["notes"]).split("; ")) if values.get("notes") else (),
+    )
+
+
+def _changed(listing: Listing, records: list[ImageRecord]) -> list[Problem]:
+    """Pictures whose bytes differ from those that were scanned; a changed byte often still decodes."""
+
+    def check(record: ImageRecord) -> Problem | None:
+        try:
+            digest = sha256(read_regular(listing.root / record.file_name, MAX_FILE_BYTES))
+        except RefusedError as refusal:
+            return refusal.problem(record.file_name)
+        if digest == record.sha256:
+            return None
+        return Problem(
+            record.file_name,
+            "has changed since it was scanned",
+            "its size, captions or pixels may be others",
+            SCAN_AGAIN,
+        )
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return [problem for problem in pool.map(check, records) if problem is not None]

@@ -1,0 +1,79 @@
+"""Class pictures for prior preservation: rendered by the base model where the folder holds too few. Resumable."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from finetune.config import PriorConfig
+from finetune.errors import DataError
+from finetune.families.base import Components, ModelFamily
+from finetune.rng import seed_for
+from finetune.sampling.generate import generate
+from finetune.storage import write_json, write_text
+from finetune.tracking import Reporter
+
+RECORD = "class_images.json"
+"""What the generated pictures of a folder were made with."""
+_PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
+
+
+def fill(
+    folder: Path, prior: PriorConfig, family: ModelFamily, components: Components, resolution: int,
+    reporter: Reporter,
+) -> int:  # fmt: skip
+    """Render class pictures until the folder holds `prior.images`; how many were rendered now.
+
+    Picture i gets prompt i (going round the prompts) and a seed that depends on i only, so a stopped call goes on
+    where it was, and a finished folder serves every run on the same base, whatever that run's own seed. Pictures the user put there count.
+
+    Raises:
+        DataError: if the folder holds pictures rendered with another base, other prompts or other settings.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    made_with = {
+        "base_digest": components.digest,
+        "prompts": list(prior.prompts),
+        "resolution": resolution,
+        "inference_steps": prior.inference_steps,
+        "guidance_scale": prior.guidance_scale,
+    }
+    _check_record(folder, made_with)
+    own = [p for p in folder.iterdir() if p.suffix.lower() in _PICTURES and not p.stem.startswith("class-")]
+    wanted = [folder / f"class-{i:05d}.png" for i in range(max(0, prior.images - len(own)))]
+    missing = [i for i, path in enumerate(wanted) if not (path.is_file() and path.with_suffix(".txt").is_file())]
+    if not missing:
+        return 0
+    write_json(folder / RECORD, made_with)
+    with reporter.progress("Rendering class pictures", len(wanted), len(wanted) - len(missing)) as advance:
+        for start in range(0, len(missing), prior.batch_size):
+            batch = missing[start : start + prior.batch_size]
+            prompts = [prior.prompts[i % len(prior.prompts)] for i in batch]
+            images = generate(
+                family, components, prompts, seeds=[seed_for(0, "class picture", i) % 2**31 for i in batch],
+                steps=prior.inference_steps, guidance_scale=prior.guidance_scale, height=resolution, width=resolution,
+                batch_size=prior.batch_size,
+            )  # fmt: skip
+            for i, prompt, image in zip(batch, prompts, images, strict=True):
+                partial = wanted[i].with_suffix(".partial")
+                image.save(partial, format="PNG")
+                write_text(wanted[i].with_suffix(".txt"), prompt + "\n")
+                partial.replace(wanted[i])
+            advance(len(wanted) - len(missing) + start + len(batch), "")
+    return len(missing)
+
+
+def _check_record(folder: Path, made_with: dict[str, Any]) -> None:
+    record = folder / RECORD
+    if not record.is_file():
+        return
+    before = json.loads(record.read_text(encoding="utf-8"))
+    changed = [f"{key} was {before.get(key)!r} and is now {made_with[key]!r}" for key in made_with
+               if before.get(key) != made_with[key]]  # fmt: skip
+    if changed:
+        raise DataError(
+            f"{folder} holds class pictures that were rendered differently; name another data.prior.folder, or delete "
+            "this one to render anew:",
+            changed,
+        )

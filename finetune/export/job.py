@@ -1,0 +1,87 @@
+"""What the parts of an export share: the job, and the error that leaves nothing behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from finetune.adapters.files import AdapterFile
+from finetune.errors import UserError
+from finetune.families.base import Components, ModelFamily
+from finetune.sampling import network
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""name -> number format of the written weights."""
+
+
+class ExportError(UserError):
+    """A file that would not be what the user trained; nothing is kept under its final name."""
+
+    exit_code = 6
+
+
+@dataclass(frozen=True)
+class Papers:
+    """What a file says about itself besides its weights. Everything is optional; nothing is guessed.
+
+    Attributes:
+        title: shown by model managers; the file's name if empty.
+        resolution: side of the training pictures in pixels.
+        images: number of training pictures.
+        learning_rate: the denoiser's, as the run used it.
+        optimizer: its name.
+        seed: of the run.
+        created: seconds since 1970, e.g. when the run ended. None takes SOURCE_DATE_EPOCH, or leaves dates
+            out; never the clock, so that an export can be repeated byte for byte.
+        dataset_digest: SHA-256 over the data set's manifest.
+        extra: further metadata entries under their full names.
+    """
+
+    title: str = ""
+    description: str = ""
+    author: str = ""
+    license: str = ""
+    tags: tuple[str, ...] = ()
+    resolution: int | None = None
+    images: int | None = None
+    learning_rate: float | None = None
+    optimizer: str = ""
+    seed: int | None = None
+    created: int | None = None
+    dataset_digest: str = ""
+    extra: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One export: what, from where, how.
+
+    Attributes:
+        components: the live base, with no adapter attached; it is read and never changed.
+        name: file name without an ending.
+        dtype: number format of the written weights.
+        force: write a merged model although rounding takes more of the adapter than is allowed.
+    """
+
+    file: AdapterFile
+    family: ModelFamily
+    components: Components
+    name: str
+    dtype: torch.dtype
+    papers: Papers
+    force: bool = False
+
+    def networks(self) -> Iterator[tuple[str, nn.Module]]:
+        """(component, live network) for every network of the base that an adapter may change."""
+        for component in (self.family.denoiser, *self.components.text_encoders):
+            module = network(self.family, self.components, component)
+            assert module is not None, component
+            yield component, module
+
+    @property
+    def dtype_name(self) -> str:
+        """The number format as users write it."""
+        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)

@@ -1,0 +1,79 @@
+"""From a finished run folder to files other programs load."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from finetune.adapters.files import AdapterFile
+from finetune.config import Run
+from finetune.errors import CheckpointError
+from finetune.export import Exported, export
+from finetune.export.job import Papers
+from finetune.families import load_family
+from finetune.tracking import Reporter
+
+ADAPTER_FILE = "adapter.safetensors"
+"""The finished adapter in a run folder, under canonical names."""
+
+
+def export_run(
+    run_folder: Path, run: Run, formats: Sequence[str], output: Path, reporter: Reporter | None = None
+) -> list[Exported]:
+    """Export the adapter that a run left, and read every file back.
+
+    Args:
+        run_folder: holds adapter.safetensors.
+        run: the run that made it; names the base model and the export's name and number format.
+        formats: names in `finetune.export.FORMATS`.
+        output: folder for the files.
+
+    Raises:
+        CheckpointError: if the run is not finished, or its base model is not the one it was trained on.
+    """
+    path = run_folder / ADAPTER_FILE
+    if not path.is_file():
+        raise CheckpointError(
+            f"{run_folder} holds no {ADAPTER_FILE}, so its run is not finished; go on with `finetune train {run_folder}`."
+        )
+    file = AdapterFile.read(path)
+    # keep: deltas are computed and compared in fp32; what is written is cast once, at the end.
+    family, components = load_family(
+        run.model.base, dtype=torch.float32, revision=run.model.revision, variant=run.model.variant
+    )
+    if file.header.base_digest != components.digest:
+        raise CheckpointError(
+            f"{path} was trained on the base {file.header.base} with digest {file.header.base_digest[:12]}; "
+            f"model.base={run.model.base} has {components.digest[:12]}. Name the base it was trained on."
+        )
+    papers = Papers(
+        title=run.export.name,
+        resolution=run.data.resolution or family.resolution,
+        learning_rate=run.optimizer.learning_rate,
+        optimizer=run.optimizer.name,
+        seed=run.train.seed,
+    )
+    with (reporter or Reporter()).progress("Exporting and reading back", 1) as advance:
+        done = export(
+            file, family, components, output,
+            name=run.export.name, formats=formats, dtype=run.export.dtype, papers=papers,
+        )  # fmt: skip
+        advance(1, "")
+    return done
+
+
+def exported_rows(exported: Sequence[Exported]) -> list[tuple[str, str]]:
+    """One line per export: where it is, its size, and how far the worst reader's weights are from the trained ones."""
+    rows = []
+    for item in exported:
+        worst = max(check.weights_relative for check in item.verification)
+        readers = ", ".join(check.reader for check in item.verification)
+        rows.append(
+            (
+                item.format,
+                f"{item.path}  {item.bytes / 2**20:.2f} MB; weights within {worst:.1e}, read back by {readers}",
+            )
+        )
+    return rows

@@ -1,0 +1,205 @@
+"""Nothing is exported until it was read back: figures that compare a written file with the live adapter."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune.adapters.files import delta_weight
+from finetune.export.adapter import shortened
+from finetune.export.job import ExportError, Job
+from finetune.export.readers import READERS, Deltas
+from finetune.families.base import Components, ModelFamily, SizeConditioning
+from finetune.rng import rng
+from finetune.sampling import adapter_applied, evaluating
+
+WEIGHTS_LIMIT = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+"""Written number format -> largest allowed |change read - change trained| / |change trained| of a module.
+
+Norms are Frobenius. Two factors rounded to nearest lose at most about 2**-11 each in fp16 and 2**-8 each in
+bf16; the limits are twice that.
+"""
+COMPUTE_LIMIT = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Number format of the live networks -> how far two orders of a sum may differ, over the largest output."""
+AMPLIFICATION = 5.0
+"""A relative change of half-precision weights may change outputs this much more."""
+LARGEST_SIDE = 32
+"""Latents used for the comparison are at most this wide and high."""
+PROMPTS = ("a photo", "a red house by the sea, painted in oil")
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How one reader's understanding of a file compares with the live adapter.
+
+    Attributes:
+        reader: name in READERS.
+        modules: layers the reader changed; equal to the adapter's.
+        weights_max_abs: largest difference of one element of a module's change.
+        weights_relative: largest relative difference of a module's change (Frobenius norms).
+        worst_module: where that is.
+        outputs_max_abs: largest difference of one element of the text encoders' and the denoiser's outputs.
+        outputs_relative: largest difference over the largest output, of the worst output.
+        effect: largest change that the adapter makes, over the largest output; what a lost adapter would
+            differ by.
+        outputs_limit: what `outputs_relative` was held against.
+    """
+
+    reader: str
+    modules: int
+    weights_max_abs: float
+    weights_relative: float
+    worst_module: str
+    outputs_max_abs: float
+    outputs_relative: float
+    effect: float
+    outputs_limit: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The truth a file is held against: the live base without and with the adapter."""
+
+    deltas: Deltas
+    without: dict[str, Tensor]
+    live: dict[str, Tensor]
+
+
+def reference(job: Job) -> Reference:
+    """Compute it once per export, whatever the number of formats."""
+    deltas = {
+        (component, module): delta_weight(down.float(), up.float()) * job.file.scale(component)
+        for component, module, down, up in job.file.modules()
+    }
+    without = outputs(job.family, job.components)
+    with adapter_applied(job.family, job.components, job.file):
+        live = outputs(job.family, job.components)
+    return Reference(deltas, without, live)
+
+
+def verify(job: Job, path: Path, reader: str, truth: Reference) -> Verification:
+    """Read a written file back and compare.
+
+    Raises:
+        ExportError: if the reader refuses the file, misses or adds a module, or anything differs more than
+            rounding explains; the worst modules are named.
+    """
+    try:
+        reading = READERS[reader](job, path)
+    except ExportError:
+        raise
+    except Exception as error:  # whatever a foreign reader raises, the file is of no use to its users
+        first_line = (str(error).splitlines() or [""])[0]
+        raise ExportError(
+            f"{path.name} was not kept: its {reader} reader refuses it.",
+            [f"{type(error).__name__}: {first_line}", *_advice(job)],
+        ) from error
+    weights = (0.0, 0.0, "")
+    if reading.deltas is not None:
+        weights = _compare_weights(job, path, reader, truth.deltas, reading.deltas)
+    read = outputs(job.family, reading.components)
+    max_abs, relative = _difference(truth.live, read)
+    effect = _difference(truth.live, truth.without)[1]
+    limit = COMPUTE_LIMIT[next(job.components.denoiser.parameters()).dtype]
+    if job.dtype != torch.float32:
+        limit += AMPLIFICATION * WEIGHTS_LIMIT[job.dtype] * effect
+    result = Verification(reader, reading.modules, *weights, max_abs, relative, effect, limit)
+    # What a half-precision merge loses is limited in `merged`; its file was compared bit by bit.
+    rounded = reading.deltas is None and job.dtype != torch.float32
+    if not relative <= limit and not rounded:
+        raise ExportError(
+            f"{path.name} was not kept: read back by {reader}, the model's outputs differ by {relative:.2e} "
+            f"of their size (at most {limit:.0e}).",
+            [
+                f"weights differ most in {result.worst_module or 'no module'}; export in fp32, and report this."
+            ],
+        )
+    return result
+
+
+@torch.no_grad()
+def outputs(family: ModelFamily, components: Components) -> dict[str, Tensor]:
+    """What the text encoders and the denoiser say to fixed prompts, noise and timesteps; on the CPU, in fp32.
+
+    TF32 is off meanwhile: its rounding would hide a difference.
+    """
+    device = family.device_of(components.denoiser)
+    parameter = next(components.denoiser.parameters())
+    config: Any = components.denoiser.config
+    side = min(int(config.sample_size), LARGEST_SIDE)
+    shape = (len(PROMPTS), int(config.in_channels), side, side)
+    noisy = torch.randn(shape, generator=rng(0, "verify")).to(device, parameter.dtype)
+    pixels = torch.full((len(PROMPTS), 2), side * 8, device=device)
+    sizes = SizeConditioning(pixels, torch.zeros_like(pixels), pixels)
+    tokens = {
+        name: ids.to(device) for name, ids in family.tokenize(components.tokenizers, list(PROMPTS)).items()
+    }
+    with (
+        evaluating(components),
+        torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False),
+    ):
+        conditioning = family.encode_prompts(components.text_encoders, tokens)
+        narrow = {name: tensor.to(parameter.dtype) for name, tensor in conditioning.items()}
+        timesteps = torch.tensor([100, 700], device=device)
+        prediction = family.predict(components.denoiser, noisy, timesteps, narrow, sizes)
+    return {name: tensor.float().cpu() for name, tensor in {**conditioning, "prediction": prediction}.items()}
+
+
+def _compare_weights(
+    job: Job, path: Path, reader: str, wanted: Deltas, read: Deltas
+) -> tuple[float, float, str]:
+    """(largest absolute, largest relative difference, worst module)."""
+    problems = [f"{'.'.join(key)} is not loaded." for key in sorted(set(wanted) - set(read))]
+    problems += [
+        f"{'.'.join(key)} is changed, though the adapter leaves it alone." for key in set(read) - set(wanted)
+    ]
+    figures = []
+    for key in sorted(set(wanted) & set(read)):
+        difference = read[key].cpu() - wanted[key].cpu()
+        size = float(wanted[key].norm())
+        figures.append((float(difference.norm()) / size, float(difference.abs().max()), ".".join(key)))
+    limit = WEIGHTS_LIMIT[job.dtype]
+    figures.sort(reverse=True)
+    problems += [
+        f"{name} differs by {relative:.2e} of its size."
+        for relative, _, name in figures
+        if not relative <= limit
+    ]
+    if problems:
+        raise ExportError(
+            f"{path.name} was not kept: read back by {reader}, {len(problems)} modules are not what was "
+            f"trained (at most {limit:.0e} of a module's change may be lost in {job.dtype_name}).",
+            [*shortened(problems), *_advice(job)],
+        )
+    return max(largest for _, largest, _ in figures), figures[0][0], figures[0][2]
+
+
+def _advice(job: Job) -> list[str]:
+    """diffusers finds a text encoder's modules in kohya layout only if all four projections are there."""
+    trained = {(component, module.rsplit(".", 1)[-1]) for component, module, *_ in job.file.modules()}
+    missing = [
+        f"{component}'s {projection}"
+        for component in job.file.components()
+        if component != job.family.denoiser
+        for projection in ("q_proj", "k_proj", "v_proj", "out_proj")
+        if (component, projection) not in trained
+    ]
+    if not missing:
+        return ["leave this format out, and report this."]
+    return [f"diffusers needs all attention projections: train {', '.join(missing)} too, or leave this out."]
+
+
+def _difference(truth: dict[str, Tensor], other: dict[str, Tensor]) -> tuple[float, float]:
+    """(largest absolute difference, largest difference over the largest true value); NaN stays NaN."""
+    differences = {name: float((other[name] - tensor).abs().max()) for name, tensor in truth.items()}
+    relative = [differences[name] / float(tensor.abs().max()) for name, tensor in truth.items()]
+    worst = float(torch.tensor(relative).max())
+    return float(torch.tensor(list(differences.values())).max()), worst

@@ -1,0 +1,213 @@
+"""From what the user names (recipe, YAML, JSON, run folder, built-in recipe) to a checked `Run`."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from finetune.config import Run, flatten
+from finetune.errors import ConfigError, nearest
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 numbers (1e-4 is a float) and no duplicate keys; PyYAML alone reads 1e-4 as text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$"),
+    list("-+0123456789."),
+)
+# keep: the first matching resolver wins, so integers must stay in front of the wider float pattern.
+for _first, _resolvers in _Loader.yaml_implicit_resolvers.items():
+    _resolvers.sort(key=lambda pair: pair[0] != "tag:yaml.org,2002:int")
+
+
+def _unique_mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    keys = [loader.construct_object(key, deep=deep) for key, _ in node.value]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+    return dict(yaml.SafeLoader.construct_mapping(loader, node, deep=True))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _unique_mapping)
+
+
+PEER_NAMES = {
+    "lr": "learning_rate",
+    "network_dim": "rank",
+    "dim": "rank",
+    "network_alpha": "alpha",
+    "max_train_steps": "steps",
+    "num_steps": "steps",
+    "train_batch_size": "batch_size",
+    "lr_scheduler": "schedule",
+    "lr_warmup_steps": "warmup_steps",
+    "pretrained_model_name_or_path": "base",
+    "instance_data_dir": "folder",
+    "train_data_dir": "folder",
+    "min_snr_gamma": "snr_gamma",
+    "mixed_precision": "dtype",
+}
+"""What other trainers call our fields; used for hints only."""
+
+
+def recipes_folder() -> Path:
+    """The recipes shipped with the toolkit: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).parent
+    packaged = package / "recipes"
+    return packaged if packaged.is_dir() else package.parent / "recipes"
+
+
+def recipe_names() -> dict[str, Path]:
+    """Built-in recipes by the name `finetune init` takes, e.g. {"sd15-lora": .../sd15_lora.py}."""
+    return {path.stem.replace("_", "-"): path for path in sorted(recipes_folder().glob("*.py"))}
+
+
+def load_run(source: str | Path, overrides: Sequence[str] = ()) -> Run:
+    """Read a run and apply `section.field=value` overrides.
+
+    Args:
+        source: a recipe (.py with a RUN), a .yaml, .yml or .json file, a run folder, or a built-in recipe's name.
+        overrides: e.g. ["adapter.rank=32", "data.prior=null"]; values are YAML.
+
+    Raises:
+        ConfigError: listing every problem of the file and of the overrides at once.
+    """
+    document, label = _read(Path(source))
+    problems = []
+    for override in overrides:
+        problems += _override(document, override)
+    if problems:
+        raise ConfigError("The command line cannot be used:", problems)
+    return make_run(document, label)
+
+
+def make_run(document: dict[str, Any], label: str = "run") -> Run:
+    """Validate a nested document into a `Run`; `label` names its origin in messages."""
+    try:
+        return Run.model_validate(document)
+    except ValidationError as error:
+        raise ConfigError(f"{label} cannot be run:", list(_explain(error))) from None
+
+
+def dump_run(run: Run) -> dict[str, Any]:
+    """A JSON document that `make_run` reads back to an equal `Run`."""
+    return run.model_dump(mode="json")
+
+
+def _read(source: Path) -> tuple[dict[str, Any], str]:
+    """The document behind `source` and the name to use for it in messages."""
+    builtin = recipe_names()
+    if not source.exists() and str(source) in builtin:
+        source = builtin[str(source)]
+    if source.is_dir():
+        source = source / "run.json"
+    if not source.is_file():
+        hint = nearest(str(source), builtin) or f"; built-in recipes are {', '.join(builtin) or 'none'}"
+        raise ConfigError(f"There is no recipe or run at {source}{hint}.")
+    if source.suffix == ".py":
+        return dump_run(_recipe_value(source)), source.name
+    text = source.read_text(encoding="utf-8-sig")
+    try:
+        document = json.loads(text) if source.suffix == ".json" else yaml.load(text, Loader=_Loader)  # noqa: S506
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{source} cannot be read:", [" ".join(str(error).split())]) from None
+    if not isinstance(document, dict):
+        raise ConfigError(f"{source} holds no sections; `finetune init sd15-lora` prints a file to start from.")
+    return document, source.name
+
+
+def _recipe_value(path: Path) -> Run:
+    value = runpy.run_path(str(path)).get("RUN")
+    if not isinstance(value, Run):
+        raise ConfigError(f"{path} defines no RUN; a recipe is a Python file with RUN = Run(...).")
+    return value
+
+
+def _override(document: dict[str, Any], override: str) -> list[str]:
+    """Apply one `a.b=value` in place; the problems it has, in words."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        return [f"--set {override}: write section.field=value, e.g. --set adapter.rank=32"]
+    try:
+        value = yaml.load(text, Loader=_Loader)  # noqa: S506
+    except yaml.YAMLError:
+        value = text
+    *sections, last = key.strip().split(".")
+    place = document
+    for section in sections:
+        inner = place.setdefault(section, {})
+        if inner is None:
+            inner = place[section] = {}
+        if not isinstance(inner, dict):
+            return [f"--set {override}: {section} is a value, not a section"]
+        place = inner
+    place[last] = value
+    return []
+
+
+def _explain(error: ValidationError) -> Iterator[str]:
+    """Each problem pydantic found, with the place, the value and what would be right."""
+    for item in error.errors():
+        place = ".".join(str(part) for part in item["loc"])
+        kind = item["type"]
+        if kind == "extra_forbidden":
+            yield f"{place}: there is no such field{_suggestion(item['loc'])}"
+        elif kind == "missing":
+            yield f"{place} is missing: {_meaning(item['loc'])}"
+        elif kind == "value_error" and not place:
+            yield from str(item["ctx"]["error"]).splitlines()
+        else:
+            message = item["msg"][0].lower() + item["msg"][1:]
+            yield f"{place}={item['input']!r}: {message}"
+
+
+def fields_of(model: type[BaseModel]) -> dict[str, type[BaseModel] | None]:
+    """Field names of a section, each with the section it opens, if it opens one."""
+    return {name: _section_type(info.annotation) for name, info in model.model_fields.items()}
+
+
+def _section_type(annotation: Any) -> type[BaseModel] | None:
+    options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+
+
+def _walk(location: tuple[int | str, ...]) -> type[BaseModel] | None:
+    """The section that holds the last part of `location`."""
+    model: type[BaseModel] | None = Run
+    for part in location[:-1]:
+        model = fields_of(model).get(str(part)) if model else None
+    return model
+
+
+def _suggestion(location: tuple[int | str, ...]) -> str:
+    model, last = _walk(location), str(location[-1])
+    last = PEER_NAMES.get(last, last)
+    fields = list(model.model_fields) if model else []
+    elsewhere = [key for key in flatten(_example()) if key.rsplit(".", 1)[-1] == last]
+    if last not in fields and elsewhere:
+        return f" (did you mean {elsewhere[0]}?)"
+    return nearest(last, fields) or f"; known here: {', '.join(fields)}"
+
+
+def _example() -> Run:
+    """A complete run with every optional section open, to look field names up in."""
+    prior = {"prompts": ["a dog"]}
+    sections = {"model": {"base": "demo"}, "data": {"folder": "pictures", "prior": prior}, "text_encoder_adapter": {}}
+    return Run.model_validate({**sections, "output_dir": "runs/example"})
+
+
+def _meaning(location: tuple[int | str, ...]) -> str:
+    model = _walk(location)
+    info = model.model_fields.get(str(location[-1])) if model else None
+    return " ".join((info.description or "a section").split()) if info else "a value is needed"

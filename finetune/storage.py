@@ -1,0 +1,280 @@
+"""Files that are either whole or absent, and the same bytes every time.
+
+Everything is written beside its final name, fsynced and renamed; the folder is fsynced too, so that a power
+cut leaves the old file or the new one. Tensors are stored as safetensors and everything else as JSON; nothing
+is pickled.
+
+safetensors 0.8.0 writes its metadata in random order, creates files with mode 0600 and never calls fsync,
+hence the own writer. The format is documented at https://github.com/huggingface/safetensors#format.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from finetune.errors import CheckpointError, StorageError
+
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int16: "I16",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.bool: "BOOL",
+}
+"""torch number format -> its name in a safetensors header."""
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR}
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write one file, tensor by tensor: no second copy of the weights is held in memory.
+
+    Tensors may be of any layout and on any device; shared memory is written once per name.
+
+    Raises:
+        StorageError: if the disk is full or the folder cannot be written; the old file is then untouched.
+    """
+    header = safetensors_header(tensors, metadata)
+    size = len(header) + sum(tensor.nbytes for tensor in tensors.values())
+    with _replacing(path, size) as beside, open(beside, "xb", opener=_open_new) as stream:
+        stream.write(header)
+        for name in tensor_order(tensors):
+            stream.write(tensor_bytes(tensors[name]))
+        _sync(stream)
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a file, on the CPU, and its metadata.
+
+    Raises:
+        CheckpointError: if the file is missing or is not a whole safetensors file.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path} does not exist.", ["check the name, or write the file first."]
+        ) from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as safetensors.",
+            [f"{error}; the file is damaged, half copied or of another kind: fetch or write it again."],
+        ) from error
+
+
+def safetensors_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """All before the first tensor: a length and a JSON header with sorted metadata, padded to 8 bytes."""
+    entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    position = 0
+    for name in tensor_order(tensors):
+        tensor = tensors[name]
+        span = [position, position + tensor.nbytes]
+        entries[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": span,
+        }
+        position = span[1]
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def tensor_order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names in the order of the file: widest numbers first, so that every tensor is aligned, then by name."""
+    return sorted(
+        tensors, key=lambda name: (-tensors[name].element_size(), DTYPE_NAMES[tensors[name].dtype], name)
+    )
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor as they stand in a file: row-major, little-endian."""
+    assert sys.byteorder == "little", "safetensors files are little-endian"
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON for people and programs: two spaces, UTF-8, a newline at the end; NaN is not allowed."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        CheckpointError: if the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path} does not exist.", ["check the name, or write the file first."]
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON.", [f"{error}; restore it from a copy."]) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file, whole or not at all."""
+    data = text.encode()
+    with _replacing(path, len(data)) as beside, open(beside, "xb", opener=_open_new) as stream:
+        stream.write(data)
+        _sync(stream)
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 over a file's bytes, 64 hex digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextmanager
+def atomic_dir(path: Path) -> Iterator[Path]:
+    """A folder that appears whole or not at all.
+
+    Yields a new folder beside `path`; fill it. When the block ends, its files are fsynced and it is renamed
+    to `path`. A folder already there is moved aside, kept until the new one is durable, and only then
+    removed. When the block raises, the new folder goes away and the old one stays.
+
+    Raises:
+        StorageError: if the disk is full or the parent folder cannot be written.
+    """
+    beside = _beside(path, "part")
+    try:
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir()
+            yield beside
+            publish(beside, path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what a disk or its permissions refuse inside the block into a StorageError, whoever writes there.
+
+    Other errors of the operating system, such as a file that a library looks for in vain, stay what they are.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise _storage_error(path, None, error) from error
+
+
+def publish(source: Path, target: Path) -> None:
+    """Give a file or folder that is written and checked its final name, on the same disk, durably."""
+    try:
+        if source.is_dir():
+            sync_tree(source)
+            _exchange(source, target)
+        else:
+            os.replace(source, target)
+            _sync_folder(target.parent)
+    except OSError as error:
+        raise _storage_error(target, None, error) from error
+
+
+def sync_tree(folder: Path) -> None:
+    """Make every file and folder below `folder` durable."""
+    for root, _, files in os.walk(folder):
+        for name in files:
+            _sync_path(Path(root) / name)
+        _sync_folder(Path(root))
+
+
+def _exchange(new: Path, path: Path) -> None:
+    old = _beside(path, "old")
+    shutil.rmtree(old, ignore_errors=True)
+    replaced = path.exists()
+    if replaced:
+        os.rename(path, old)
+    try:
+        os.rename(new, path)
+    except OSError:
+        if replaced:
+            os.rename(old, path)
+        raise
+    _sync_folder(path.parent)
+    if replaced:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _replacing(path: Path, size: int) -> Iterator[Path]:
+    beside = _beside(path, "part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.unlink(missing_ok=True)
+        yield beside
+        os.replace(beside, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise _storage_error(path, size, error) from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _beside(path: Path, kind: str) -> Path:
+    return path.parent / f".{path.name}.{kind}-{os.getpid()}"
+
+
+def _open_new(name: str, flags: int) -> int:
+    # 0666 less the umask, as every other program does: 0644 where nothing else is set.
+    return os.open(name, flags, 0o666)
+
+
+def _sync(stream: Any) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def _sync_path(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":
+        _sync_path(folder)
+
+
+def _storage_error(path: Path, size: int | None, error: OSError) -> StorageError:
+    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    needed = "" if size is None else f" ({size:,} bytes are needed)"
+    free = shutil.disk_usage(existing).free
+    return StorageError(
+        f"{path} cannot be written{needed}.",
+        [
+            f"{error.strerror or error}; {free:,} bytes are free in {existing}: "
+            "free some space, check the folder's permissions, or choose another output folder."
+        ],
+    )

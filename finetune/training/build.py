@@ -1,0 +1,245 @@
+"""From a `Run` to the things a run needs. Each function takes the run apart, so that nothing below has to know it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+
+from data_tools.scan import Problem
+from finetune.adapters import AdapterSet, Shape, Target, attach
+from finetune.config import AdapterConfig, DataConfig, Run
+from finetune.data import prior
+from finetune.data.batch import Collator
+from finetune.data.cache import LatentCache, TextCache
+from finetune.data.dataset import Colour, Cut, Picture, check_trigger, load_pictures, long_captions, split_holdout
+from finetune.errors import ConfigError
+from finetune.families import Components, Conditioning, ModelFamily
+from finetune.families.text import canonical
+from finetune.objectives import Objective, build_objective
+from finetune.tracking import Reporter, count_only
+from finetune.training.devices import on_device
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Names of number formats in configurations."""
+_AUTOCAST = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+def build_accelerator(dtype: str, output_dir: Path, trackers: Sequence[str]) -> tuple[Accelerator, str]:
+    """The accelerator for a run, and the number format that "auto" came to."""
+    # keep: accelerate keeps its state for the whole process; a second run may need another precision.
+    AcceleratorState._reset_state()
+    resolved = _auto_dtype() if dtype == "auto" else dtype
+    if resolved == "fp16" and not torch.cuda.is_available():
+        raise ConfigError("model.dtype=fp16 needs a GPU: a CPU computes fp16 too coarsely to train; use fp32 or bf16.")
+    accelerator = Accelerator(
+        mixed_precision=_AUTOCAST[resolved], log_with=list(trackers) or None, project_dir=str(output_dir)
+    )
+    return accelerator, resolved
+
+
+def _auto_dtype() -> str:
+    if not torch.cuda.is_available():
+        return "fp32"
+    # keep: without including_emulation=False a T4 claims bf16 and runs it in slow emulation.
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What a run sees.
+
+    Attributes:
+        training: subject and class pictures.
+        holdout: subject pictures that are only validated on.
+        problems: warnings and notes of the scan.
+        generated: class pictures rendered just now.
+    """
+
+    training: list[Picture]
+    holdout: list[Picture]
+    problems: list[Problem]
+    generated: int
+
+    @property
+    def subject(self) -> list[Picture]:
+        """The subject's pictures that are trained on."""
+        return [p for p in self.training if not p.is_class]
+
+    @property
+    def all(self) -> list[Picture]:
+        """Everything that has to be encoded."""
+        return [*self.training, *self.holdout]
+
+
+def background_colour(text: str) -> Colour:
+    """(red, green, blue) of "#rrggbb"."""
+    return (int(text[1:3], 16), int(text[3:5], 16), int(text[5:7], 16))
+
+
+def build_cut(data: DataConfig, family: ModelFamily, components: Components) -> Cut:
+    """How pictures are cut for this base: its own resolution unless the run names one."""
+    native = native_resolution(family, components)
+    resolution = data.resolution or native
+    multiple = family.bucket_multiple if resolution > family.bucket_multiple * 4 else smallest_multiple(components)
+    if resolution % multiple:
+        raise ConfigError(
+            f"data.resolution={resolution} is no multiple of {multiple} pixels, in which {family.name} buckets grow; "
+            f"use {resolution // multiple * multiple} or {(resolution // multiple + 1) * multiple}."
+        )
+    return Cut(resolution, multiple, data.upscale, background_colour(data.background))
+
+
+def native_resolution(family: ModelFamily, components: Components) -> int:
+    """The side, in pixels, of a square picture for this very checkpoint, from its denoiser's own sample size.
+    """
+    config = components.denoiser.config
+    assert components.vae is not None, "the autoencoder is loaded with the base and dropped after caching"
+    size = getattr(config, "sample_size", None)
+    return int(size) * family.vae_stride(components.vae) if size else family.resolution
+
+
+def smallest_multiple(components: Components) -> int:
+    """What picture sides must be divisible by so that autoencoder and denoiser halve evenly, in pixels."""
+    assert components.vae is not None, "the autoencoder is loaded with the base and dropped after caching"
+    halvings = len(components.vae.config.block_out_channels) + len(components.denoiser.config.block_out_channels) - 2
+    return int(2**halvings)
+
+
+def build_pictures(
+    data: DataConfig, cut: Cut, holdout: int, seed: int, family: ModelFamily, components: Components,
+    class_folder: Path, reporter: Reporter,
+) -> Pictures:  # fmt: skip
+    """Scan the subject's folder, fill and scan the class folder."""
+    with reporter.progress("Checking pictures", 1) as advance:
+        subject, problems = load_pictures(
+            data.folder, cut, captions=data.captions, template=data.caption_template, repeats=data.repeats
+        )
+        advance(1, "")
+    check_trigger(subject, data.trigger)
+    training, held = split_holdout(subject, holdout, seed)
+    if data.prior is None:
+        return Pictures(training, held, problems, 0)
+    folder = data.prior.folder or class_folder
+    generated = prior.fill(folder, data.prior, family, components, cut.resolution, reporter)
+    others, more = load_pictures(
+        folder, cut, captions="sidecar", loss_weight=data.prior.prior_loss_weight, is_class=True
+    )
+    chosen = others[: data.prior.images]
+    warnings = [p for p in more if p.severity == "warning"]
+    return Pictures([*training, *chosen], held, [*problems, *warnings], generated)
+
+
+def build_targets(
+    run_adapter: AdapterConfig, text_adapter: AdapterConfig | None, learning_rate: float, family: ModelFamily,
+    components: Components,
+) -> list[Target]:  # fmt: skip
+    """Which networks get an adapter, and where in them."""
+    wanted = {"denoiser": run_adapter}
+    if text_adapter is not None:
+        wanted |= dict.fromkeys(components.text_encoders, text_adapter)
+    targets = []
+    for name, config in wanted.items():
+        module = components.modules()[name]
+        disk_prefix = family.denoiser if name == "denoiser" else name
+        alpha = float(config.rank) if config.alpha is None else config.alpha
+        presets = family.target_presets
+        pattern = presets[config.targets][name] if config.targets in presets else config.targets
+        targets.append(
+            Target(
+                disk_prefix=disk_prefix,
+                module=module,
+                method=config.method,
+                shape=Shape(config.rank, alpha, config.dropout, pattern),
+                learning_rate=config.learning_rate or learning_rate,
+                disk_name=partial(canonical, module, disk_prefix),
+            )
+        )
+    return targets
+
+
+def build_adapters(run: Run, family: ModelFamily, components: Components) -> AdapterSet:
+    """Attach fresh adapters as the run asks."""
+    targets = build_targets(
+        run.adapter, run.text_encoder_adapter, run.optimizer.learning_rate, family, components
+    )
+    return attach(targets, run.train.seed)
+
+
+def build_run_objective(run: Run, components: Components) -> Objective:
+    """The objective on the base's own noise schedule."""
+    asked = run.objective
+    return build_objective(
+        components.scheduler_config,
+        prediction=asked.prediction,
+        density=asked.density,
+        density_mean=asked.density_mean,
+        density_std=asked.density_std,
+        weighting=asked.weighting,
+        snr_gamma=asked.snr_gamma,
+        loss=asked.loss,
+        huber_delta=asked.huber_delta,
+    )
+
+
+def build_collator(
+    run: Run, pictures: Pictures, cut: Cut, family: ModelFamily, components: Components, device: torch.device,
+    reporter: Reporter,
+) -> Collator:  # fmt: skip
+    """Encode every picture and, with frozen text encoders, every caption; what is on disk already is reused.
+    """
+    folder = run.data.cache_folder or run.output_dir / "cache"
+    vae = components.vae
+    assert vae is not None, "the autoencoder is loaded with the base"
+    latents = LatentCache(folder, components.digests["vae"], cut.background)
+
+    @torch.no_grad()
+    def encode(pixels: Tensor):  # type: ignore[no-untyped-def]
+        return family.encode_images(vae, pixels.to(device))
+
+    copies = 2 if run.data.flip else 1
+    with reporter.progress("Encoding pictures", len(pictures.all) * copies) as advance, on_device([vae], device):
+        latents.prepare(
+            pictures.all, flip=run.data.flip, encode=encode, batch_size=8, progress=count_only(advance)
+        )
+    tokenize = partial(family.tokenize, components.tokenizers)
+    collator = Collator(
+        pictures.training, latents, tokenize,
+        seed=run.train.seed, flip=run.data.flip, caption_dropout=run.data.caption_dropout,
+    )  # fmt: skip
+    for line in long_captions(pictures.all, components.tokenizers):
+        reporter.warn(line)
+    if run.text_encoder_adapter is not None:
+        return collator
+    captions = [*collator.captions(), *(c for p in pictures.holdout for c in p.captions)]
+    cache = TextCache(folder, text_digest(components))
+    with reporter.progress("Encoding captions", len(set(captions))) as advance:
+        with on_device(list(components.text_encoders.values()), device):
+            cache.prepare(
+                captions, describe=partial(_describe, family, components, device), batch_size=32,
+                progress=count_only(advance),
+            )  # fmt: skip
+    return collator.with_text(cache)
+
+
+@torch.no_grad()
+def _describe(family: ModelFamily, components: Components, device: torch.device, captions: list[str]) -> Conditioning:
+    tokens = {name: ids.to(device) for name, ids in family.tokenize(components.tokenizers, captions).items()}
+    return family.encode_prompts(components.text_encoders, tokens)
+
+
+def text_digest(components: Components) -> str:
+    """One digest over all text encoders and their number format."""
+    parts = [f"{name} {components.digests[name]} {_dtype(m)}" for name, m in sorted(components.text_encoders.items())]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype

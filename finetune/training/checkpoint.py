@@ -1,0 +1,262 @@
+"""Checkpoints that survive being killed: written beside, proved by digests, renamed; the newest whole one is
+read.
+
+    checkpoint-000500/
+        adapter.safetensors  optimizer.safetensors  ema.safetensors     tensors, by name
+        state.json                                                      where the run stands: TrainState
+        run.json  optimizer.json  ...                                   documents
+        manifest.json                                                   size and SHA-256 of all others;
+        written last
+
+A folder under such a name was fsynced before it got the name. Whoever calls `save_checkpoint` holds the
+folder's lock; reading needs none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from finetune.errors import CheckpointError, StorageError
+from finetune.storage import atomic_dir, read_safetensors, sha256_file, write_json, write_safetensors
+
+FORMAT = 1
+"""Layout version, stored in every manifest; raise it when an older reader would misread the files."""
+MANIFEST = "manifest.json"
+NAME = re.compile(r"checkpoint-(\d{6,})")
+"""Everything else in the folder is somebody else's and is never read, counted or deleted."""
+LEFTOVER = re.compile(r"\.checkpoint-\d{6,}\.(part|old)-\d+")
+"""What a killed writer leaves behind."""
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where a run stands; everything else follows from this and the run.
+
+    Attributes:
+        step: optimizer steps done.
+        samples_seen: pictures trained on, over all processes.
+        epoch: the epoch that the next picture belongs to, from 0.
+        seconds: training time so far, over all starts of the run.
+    """
+
+    step: int
+    samples_seen: int
+    epoch: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint whose every digest was right.
+
+    Attributes:
+        tensors: file stem -> name -> tensor on the CPU; a file is read when it is asked for.
+        documents: file stem -> JSON document.
+        skipped: one line for each newer checkpoint that is damaged, naming the file.
+    """
+
+    path: Path
+    state: TrainState
+    tensors: Mapping[str, dict[str, Tensor]]
+    documents: Mapping[str, dict[str, Any]]
+    skipped: tuple[str, ...] = ()
+
+
+class TensorFiles(Mapping[str, dict[str, Tensor]]):
+    """Safetensors files by stem, read one at a time, because together they may not fit into memory twice."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self._paths = {path.stem: path for path in paths}
+
+    def __getitem__(self, stem: str) -> dict[str, Tensor]:
+        return read_safetensors(self._paths[stem])[0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+
+def save_checkpoint(
+    folder: Path,
+    state: TrainState,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    documents: Mapping[str, Mapping[str, Any]],
+    keep: int,
+) -> Path:
+    """Write `folder/checkpoint-<step>` whole or not at all, then delete old ones.
+
+    A whole checkpoint of the same step is left alone: the same step of the same run holds the same bytes. A
+    damaged one is replaced.
+
+    Args:
+        tensors: file stem -> name -> tensor.
+        documents: file stem -> JSON document; "state" and "manifest" are taken.
+        keep: how many checkpoints up to this step remain, at least 1; the new one is among them.
+
+    Raises:
+        StorageError: if the disk is full or cannot be written; older checkpoints are then untouched.
+    """
+    assert keep >= 1, f"keep is {keep}, but the new checkpoint must stay"
+    assert not {"state", "manifest"} & documents.keys(), "these documents are written here"
+    clean(folder)
+    target = folder / _name(state.step)
+    if not target.exists() or _damage(target) is not None:
+        try:
+            with atomic_dir(target) as part:
+                _fill(part, tensors, {**documents, "state": asdict(state)})
+        except StorageError as error:
+            previous = [path.name for _, path in _checkpoints(folder)]
+            intact = f"untouched on disk: {', '.join(previous)}" if previous else "there is no earlier checkpoint"
+            raise StorageError(f"{target} cannot be saved; {intact}.", error.problems) from error
+    _prune(folder, state.step, keep)
+    return target
+
+
+def latest_checkpoint(folder: Path) -> Found | None:
+    """The checkpoint with the highest step among those that are whole; None if there are none at all.
+
+    Times of files play no part, and nothing is changed on disk.
+
+    Raises:
+        CheckpointError: if there are checkpoints but none is whole, or if the newest was written by another
+            version.
+    """
+    skipped: list[str] = []
+    for _, path in reversed(_checkpoints(folder)):
+        damage = _damage(path)
+        if damage is None:
+            return _load(path, tuple(skipped))
+        skipped.append(damage)
+    if skipped:
+        raise CheckpointError(
+            f"{folder} holds {len(skipped)} checkpoint(s), and every one is damaged:",
+            [*skipped, "copy an intact checkpoint back, or start again in another output_dir."],
+        )
+    return None
+
+
+def clean(folder: Path) -> None:
+    """Remove what killed writers left behind; only for who holds the folder's lock."""
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if LEFTOVER.fullmatch(path.name):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _load(path: Path, skipped: tuple[str, ...]) -> Found:
+    files = [path / name for name in _read_json(path / MANIFEST)["files"]]
+    documents = {file.stem: _read_json(file) for file in files if file.suffix == ".json"}
+    tensors = TensorFiles(file for file in files if file.suffix == ".safetensors")
+    return Found(path, TrainState(**documents["state"]), tensors, documents, skipped)
+
+
+def _fill(
+    part: Path, tensors: Mapping[str, Mapping[str, Tensor]], documents: Mapping[str, Mapping[str, Any]]
+) -> None:
+    for stem, named in tensors.items():
+        write_safetensors(part / f"{stem}.safetensors", named, {})
+    for stem, document in documents.items():
+        write_json(part / f"{stem}.json", document)
+    written = sorted(part.iterdir())
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in written}
+    write_json(part / MANIFEST, {"format": FORMAT, "files": files, "sha256": _digest(files)})
+
+
+def _prune(folder: Path, step: int, keep: int) -> None:
+    """Delete all but the newest `keep` up to `step`; later ones are damaged, or the run would be there.
+
+    Renamed before they are deleted: a kill in between must not leave half a checkpoint under a good name.
+    """
+    reached = [path for found, path in _checkpoints(folder) if found <= step]
+    for path in reached[:-keep]:
+        doomed = path.with_name(f".{path.name}.old-{os.getpid()}")
+        try:
+            os.rename(path, doomed)
+        except OSError as error:
+            raise StorageError(
+                f"{path} cannot be removed: {error.strerror}.",
+                [f"{_name(step)} is saved; check the folder's permissions and that its disk is there."],
+            ) from error
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(step, path) of everything named like a checkpoint, by step."""
+    if not folder.is_dir():
+        return []
+    named = [(NAME.fullmatch(path.name), path) for path in folder.iterdir()]
+    return sorted((int(match[1]), path) for match, path in named if match and path.is_dir())
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None if every byte is as it was written.
+
+    Raises:
+        CheckpointError: if it is whole but of another format: to fall back to an older one would lose work
+            silently.
+    """
+    try:
+        manifest = _read_json(path / MANIFEST)
+        files: dict[str, Any] = manifest["files"]
+        if manifest["sha256"] != _digest(files):
+            return f"{path.name}/{MANIFEST} is damaged: it does not match its own SHA-256."
+    except FileNotFoundError:
+        return f"{path.name}/{MANIFEST} is missing."
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{path.name}/{MANIFEST} is damaged: {error}."
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} is written in format {manifest.get('format')}, and this version reads format {FORMAT}.",
+            ["resume with the version of finetune that wrote it, or choose another output_dir."],
+        )
+    for problem in _wrong_files(path, files):
+        return problem
+    return None
+
+
+def _wrong_files(path: Path, files: dict[str, Any]) -> Iterator[str]:
+    for name, expected in files.items():
+        try:
+            size = (path / name).stat().st_size
+            if size != expected["bytes"]:
+                yield f"{path.name}/{name} is damaged: it has {size:,} bytes instead of {expected['bytes']:,}."
+            elif (digest := sha256_file(path / name)) != expected["sha256"]:
+                yield (
+                    f"{path.name}/{name} is damaged: its SHA-256 is {digest[:12]}... "
+                    f"instead of {expected['sha256'][:12]}...."
+                )
+        except FileNotFoundError:
+            yield f"{path.name}/{name} is missing."
+        except OSError as error:
+            yield f"{path.name}/{name} cannot be read: {error.strerror}."
+    if "state.json" not in files:
+        yield f"{path.name}/{MANIFEST} does not list state.json."
+    elif path.name != _name(step := _read_json(path / "state.json")["step"]):
+        yield f"{path.name}/state.json is of step {step}: the folder was renamed."
+
+
+def _name(step: int) -> str:
+    return f"checkpoint-{step:06d}"
+
+
+def _digest(files: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    document = json.loads(path.read_bytes())
+    if not isinstance(document, dict):
+        raise ValueError(f"{path.name} holds no JSON object")
+    return document

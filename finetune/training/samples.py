@@ -1,0 +1,79 @@
+"""Sample sheets: the same prompts and seeds before, during and after training, so that eyes can follow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from finetune.adapters import AdapterSet
+from finetune.config import SamplesConfig
+from finetune.families.base import Components, ModelFamily
+from finetune.sampling.generate import generate
+from finetune.sampling.grid import Row, contact_sheet
+from finetune.tracking import Reporter, count_only
+from finetune.training.devices import on_device
+
+
+class SampleSheets:
+    """Renders samples/step-000000/000-0.png ... and samples/step-000000.png, the sheet."""
+
+    def __init__(  # noqa: PLR0913
+        self,
+        samples: SamplesConfig,
+        family: ModelFamily,
+        components: Components,
+        adapters: AdapterSet,
+        resolution: int,
+        folder: Path,
+        device: torch.device,
+    ) -> None:
+        """Remember what to render with; `resolution` is the side of a square sample in pixels."""
+        self._samples = samples
+        self._family = family
+        self._components = components
+        self._adapters = adapters
+        self._resolution = resolution
+        self._folder = folder
+        self._device = device
+
+    def render(self, step: int, reporter: Reporter, *, only_if_missing: bool = False) -> Path:
+        """Render every prompt with the adapter as it is after `step` steps (step 0: the base model); the
+        sheet's path.
+        """
+        sheet = self._folder / f"step-{step:06d}.png"
+        if only_if_missing and sheet.is_file():
+            return sheet
+        seeds = range(self._samples.per_prompt)
+        jobs = [(i, prompt, seed) for i, prompt in enumerate(self._samples.prompts) for seed in seeds]
+        with (
+            reporter.progress(f"Rendering samples (step {step})", len(jobs)) as advance,
+            on_device(list(self._components.modules().values()), self._device),
+        ):
+            images = generate(
+                self._family,
+                self._components,
+                [prompt for _, prompt, _ in jobs],
+                seeds=[seed for _, _, seed in jobs],
+                steps=self._samples.inference_steps,
+                guidance_scale=self._samples.guidance_scale,
+                negative_prompt=self._samples.negative_prompt,
+                height=self._resolution,
+                width=self._resolution,
+                progress=count_only(advance),
+            )
+        folder = self._folder / sheet.stem
+        folder.mkdir(parents=True, exist_ok=True)
+        for (i, _, seed), image in zip(jobs, images, strict=True):
+            image.save(folder / f"{i:03d}-{seed}.png")
+        self._sheet(step, images).save(sheet)
+        return sheet
+
+    def _sheet(self, step: int, images: list[Image.Image]) -> Image.Image:
+        count = len(self._samples.prompts)
+        rows = [
+            Row(label=f"seed {seed}", images=images[seed :: self._samples.per_prompt][:count])
+            for seed in range(self._samples.per_prompt)
+        ]
+        return contact_sheet(rows, columns=list(self._samples.prompts), title=f"After {step} steps")

@@ -1,0 +1,130 @@
+"""Reading a run: numbers, overrides, and messages that name the place, the value and the remedy."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from finetune.config import Run, differences, flatten
+from finetune.errors import ConfigError
+from finetune.run_files import dump_run, load_run, make_run, recipe_names
+from finetune.show import annotated_yaml
+
+SMALL = {"model": {"base": "demo"}, "data": {"folder": "pictures"}, "output_dir": "runs/x"}
+
+
+def write(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def problems(path, overrides=()):
+    with pytest.raises(ConfigError) as caught:
+        load_run(path, overrides)
+    return str(caught.value)
+
+
+def test_1e_4_is_a_number_in_yaml(tmp_path):
+    """PyYAML reads 1e-4 as text; a learning rate that is text has cost people days."""
+    path = write(tmp_path, "model: {base: demo}\ndata: {folder: p}\noptimizer: {learning_rate: 1e-4}\noutput_dir: r\n")
+    assert load_run(path).optimizer.learning_rate == 1e-4
+    assert load_run(path, ["optimizer.learning_rate=3e-5"]).optimizer.learning_rate == 3e-5
+
+
+def test_all_problems_are_told_at_once(tmp_path):
+    """Mending one error per attempt is what people hate most about a config file."""
+    text = problems(
+        write(tmp_path, "model: {base: demo, dtyp: fp16}\nadapter: {rank: many}\noptimizer: {lr: 1e-4}\nrank: 4\n")
+    )
+    assert "model.dtyp" in text and "did you mean dtype?" in text
+    assert "adapter.rank='many'" in text
+    assert "did you mean learning_rate?" in text
+    assert "did you mean adapter.rank?" in text
+    assert "data is missing" in text and "output_dir is missing" in text
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    """YAML would keep the last one in silence."""
+    assert "stands twice" in problems(write(tmp_path, "model: {base: demo}\nmodel: {base: other}\n"))
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("adapter.rank", "write section.field=value"),
+        ("adapter.rnak=4", "did you mean rank?"),
+        ("optimizer.warmup_steps=1000", "not below train.steps=1000"),
+        ("optimizer.betas=[0.9, 1.0]", "must lie in [0, 1)"),
+        ("data.captions=template", "needs data.caption_template"),
+        ("optimizer.learning_rate=.nan", "optimizer.learning_rate"),
+        ("train.steps=0", "train.steps=0"),
+    ],
+)
+def test_a_bad_override_is_named(tmp_path, override, expected):
+    """What was typed, and what to type instead."""
+    path = write(tmp_path, "model: {base: demo}\ndata: {folder: p}\noutput_dir: r\n")
+    assert expected in problems(path, [override])
+
+
+def test_the_trigger_must_be_learnable(tmp_path):
+    """A trigger that is not in the captions, or is in the class prompts, teaches the wrong thing."""
+    path = write(tmp_path, "model: {base: demo}\ndata: {folder: p, trigger: sks}\noutput_dir: r\n")
+    assert "does not stand in data.caption_template" in problems(path, ['data.caption_template="a dog"'])
+    assert "contains the trigger" in problems(path, ['data.prior={prompts: ["a sks dog"]}'])
+
+
+def test_the_printed_run_is_the_run(tmp_path):
+    """What `show` and `init` print must train to the same thing."""
+    run = make_run(SMALL | {"text_encoder_adapter": {"rank": 4}, "data": {"folder": "p: #1", "prior": {"prompts": ["a"]}}})
+    path = write(tmp_path, annotated_yaml(run))
+    assert load_run(path) == run
+    assert make_run(dump_run(run)) == run
+
+
+@pytest.mark.parametrize("name", sorted(recipe_names()))
+def test_every_recipe_is_a_valid_run(name):
+    """A recipe that does not parse is the worst first impression."""
+    run = load_run(name)
+    assert isinstance(run, Run)
+    assert recipe_names()[name].read_text().startswith('"""')
+
+
+def test_differences_ignore_what_does_not_touch_the_weights():
+    """A resumed run may log more often or export more formats, but not change its rank."""
+    run = make_run(SMALL)
+    logged = make_run(SMALL | {"train": {"log_every": 1}, "output_dir": "elsewhere"})
+    assert differences(run, logged) == []
+    assert run.digest() == logged.digest()
+    other = make_run(SMALL | {"adapter": {"rank": 32}})
+    assert differences(run, other) == ["adapter.rank was 16 and is now 32"]
+    assert run.digest() != other.digest()
+
+
+def test_a_constant_run_may_be_made_longer():
+    """Only a decaying learning rate depends on the number of steps."""
+    constant = {"optimizer": {"schedule": "constant"}}
+    assert differences(make_run(SMALL | constant), make_run(SMALL | constant | {"train": {"steps": 2000}})) == []
+    assert differences(make_run(SMALL), make_run(SMALL | {"train": {"steps": 2000}}))
+
+
+def test_flatten_names_every_leaf():
+    """Dotted names are what --set takes."""
+    assert flatten(make_run(SMALL))["optimizer.learning_rate"] == 1e-4
+
+
+def test_help_answers_at_once():
+    """No torch behind --help: it must come in well under a second."""
+    code = "import sys, finetune.cli; assert 'torch' not in sys.modules and 'diffusers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    best = min(_seconds([sys.executable, "-m", "finetune", "--help"]) for _ in range(3))
+    assert best < 2.0, f"--help took {best:.2f} s"
+
+
+def _seconds(command):
+    started = time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True)
+    return time.perf_counter() - started

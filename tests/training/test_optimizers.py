@@ -1,0 +1,211 @@
+"""Optimizers are what their names say, and their state survives a checkpoint to the bit."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from finetune.errors import CheckpointError, ConfigError
+from finetune.storage import read_safetensors, write_safetensors
+from finetune.training.optimizers import (
+    OPTIMIZERS,
+    BuiltOptimizer,
+    build_optimizer,
+    load_optimizer_state,
+    optimizer_state,
+    set_learning_rate,
+    state_bytes,
+)
+
+SHAPES = {
+    "unet.a.lora_A.weight": (64, 64),  # 4096 elements: the smallest that bitsandbytes keeps in 8 bits
+    "unet.a.lora_B.weight": (63, 65),  # 4095: kept in 32 bits
+    "unet.conv.lora_A.weight": (65, 9, 3, 3),  # 5265: the last block of 256 is not full
+    "text_encoder.b.lora_A.weight": (4, 8),
+}
+SETTINGS: dict[str, Any] = {"betas": (0.9, 0.99), "weight_decay": 0.01, "eps": 1e-8}
+CPU = torch.device("cpu")
+
+
+def make_parameters() -> dict[str, Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: Parameter(torch.randn(shape, generator=generator)) for name, shape in SHAPES.items()}
+
+
+def build(name: str, parameters: dict[str, Parameter], device: torch.device = CPU) -> BuiltOptimizer:
+    unet = [p for n, p in parameters.items() if n.startswith("unet")]
+    text = [p for n, p in parameters.items() if n.startswith("text")]
+    groups = [
+        {"params": unet, "lr": 1e-2, "name": "unet"},
+        {"params": text, "lr": 5e-3, "name": "text_encoder"},
+    ]
+    return build_optimizer(name, groups, device=device, **SETTINGS)
+
+
+def take_steps(built: BuiltOptimizer, parameters: dict[str, Parameter], start: int, stop: int) -> None:
+    """Steps whose gradients and rates depend on the step alone."""
+    for step in range(start, stop):
+        generator = torch.Generator().manual_seed(100 + step)
+        for parameter in parameters.values():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        set_learning_rate(built.optimizer, 1 / (1 + step))
+        built.optimizer.step()
+
+
+def names_of(parameters: dict[str, Parameter]) -> dict[Parameter, str]:
+    return {parameter: name for name, parameter in parameters.items()}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("cut", [0, 1, 4])
+def test_resume_is_bit_exact(name: str, cut: int, tmp_path: Path) -> None:
+    """7 steps at once = cut + the rest through files, in weights and in every byte of state."""
+    whole = make_parameters()
+    built = build(name, whole)
+    take_steps(built, whole, 0, 7)
+
+    first = make_parameters()
+    interrupted = build(name, first)
+    take_steps(interrupted, first, 0, cut)
+    tensors, scalars = optimizer_state(interrupted.optimizer, names_of(first))
+    write_safetensors(tmp_path / "optimizer.safetensors", tensors, {})
+    (tmp_path / "optimizer.json").write_text(json.dumps(scalars))
+
+    second = {name: Parameter(parameter.detach().clone()) for name, parameter in first.items()}
+    resumed = build(name, second)
+    loaded, _ = read_safetensors(tmp_path / "optimizer.safetensors")
+    document = json.loads((tmp_path / "optimizer.json").read_text())
+    load_optimizer_state(resumed.optimizer, names_of(second), loaded, document)
+    take_steps(resumed, second, cut, 7)
+
+    for key in SHAPES:
+        assert torch.equal(whole[key], second[key]), key
+    expected, numbers = optimizer_state(built.optimizer, names_of(whole))
+    got, got_numbers = optimizer_state(resumed.optimizer, names_of(second))
+    assert numbers == got_numbers and expected.keys() == got.keys()
+    assert all(torch.equal(expected[key], got[key]) for key in expected)
+
+
+def test_8_bit_is_really_8_bit() -> None:
+    """Tensors of 4096 elements and more hold bytes; smaller ones stay 32-bit, and the user is told."""
+    parameters = make_parameters()
+    built = build("adamw8bit", parameters)
+    take_steps(built, parameters, 0, 1)
+    large, small = 4096 + 65 * 81, 4095 + 32
+    blocks = 16 + 21
+    assert state_bytes(built.optimizer) == {
+        "uint8": 2 * large,
+        "float32": 2 * 4 * small + 2 * 4 * blocks + 2 * 4 * 256,  # state, block scales, two shared code books
+    }
+    assert built.resolved == "bitsandbytes AdamW8bit"
+    assert any("2 of 4 trained tensors (31% of the parameters)" in note for note in built.notes)
+
+
+def test_adamw_is_torchs_with_32_bit_state() -> None:
+    """8 bytes per parameter, and one step counter per tensor."""
+    parameters = make_parameters()
+    built = build("adamw", parameters)
+    assert state_bytes(built.optimizer) == {}
+    take_steps(built, parameters, 0, 1)
+    elements = sum(parameter.numel() for parameter in parameters.values())
+    assert state_bytes(built.optimizer) == {"float32": 8 * elements + 4 * len(parameters)}
+    assert built.notes == () and built.optimizer.defaults["fused"] is True
+
+
+def test_8_bit_walks_like_32_bit() -> None:
+    """The same settings must mean the same training: the paths stay close over 30 steps of the same gradients."""
+    paths: dict[str, dict[str, Parameter]] = {}
+    for name in ("adamw", "adamw8bit"):
+        paths[name] = make_parameters()
+        take_steps(build(name, paths[name]), paths[name], 0, 30)
+    for key, start in make_parameters().items():
+        moved = (paths["adamw"][key] - start).norm()
+        apart = (paths["adamw"][key] - paths["adamw8bit"][key]).norm()
+        assert apart < 0.05 * moved, key
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_each_group_keeps_its_own_rate(name: str) -> None:
+    """A text encoder's smaller rate must not be lost when the schedule moves."""
+    built = build(name, make_parameters())
+    set_learning_rate(built.optimizer, 0.5)
+    assert [float(group["lr"]) for group in built.optimizer.param_groups] == pytest.approx([5e-3, 2.5e-3])
+    set_learning_rate(built.optimizer, 1.0)
+    assert [float(group["lr"]) for group in built.optimizer.param_groups] == pytest.approx([1e-2, 5e-3])
+
+
+def test_a_tensor_rate_is_filled_in_place() -> None:
+    """A recorded CUDA graph reads the rate from a fixed address."""
+    parameter = Parameter(torch.zeros(3))
+    rate = torch.tensor(0.1)
+    optimizer = torch.optim.SGD([{"params": [parameter], "lr": rate, "initial_lr": 0.1}])
+    set_learning_rate(optimizer, 0.25)
+    assert optimizer.param_groups[0]["lr"] is rate and rate.item() == pytest.approx(0.025)
+
+
+def test_paged_on_a_cpu_says_that_it_is_not_paged() -> None:
+    """Never a silent replacement; and no warning from the library at every step."""
+    built = build("paged_adamw8bit", make_parameters())
+    assert built.resolved == "bitsandbytes AdamW8bit"
+    assert built.notes[0] == "paged_adamw8bit pages on CUDA only; on cpu it is adamw8bit."
+
+
+def test_a_device_without_8_bit_kernels_gets_adamw_and_a_note() -> None:
+    """Apple's GPUs have no 8-bit kernels; the replacement is said aloud with its price."""
+    parameters = {name: Parameter(p.detach().to("meta")) for name, p in make_parameters().items()}
+    built = build("adamw8bit", parameters, torch.device("mps"))
+    assert built.resolved == "torch AdamW"
+    assert "no 8-bit kernels for mps" in built.notes[0] and "0.1 MiB more" in built.notes[0]
+
+
+def test_missing_bitsandbytes_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training with another optimizer than the one asked for would be a silent substitute."""
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(ConfigError, match=r"pip install bitsandbytes.*optimizer\.name=adamw"):
+        build("adamw8bit", make_parameters())
+
+
+def test_an_unknown_name_gets_the_nearest() -> None:
+    """A typing mistake costs one reading, not one search."""
+    with pytest.raises(ConfigError, match=r"'adamw8bits' \(did you mean adamw8bit\?\)"):
+        build("adamw8bits", make_parameters())
+
+
+def saved_state(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    parameters = make_parameters()
+    built = build(name, parameters)
+    take_steps(built, parameters, 0, 2)
+    tensors, scalars = optimizer_state(built.optimizer, names_of(parameters))
+    return dict(tensors), json.loads(json.dumps(scalars))
+
+
+def test_state_of_another_optimizer_is_refused() -> None:
+    """The formats differ; a fresh state under an old step count would be silently wrong."""
+    parameters = make_parameters()
+    built = build("adamw", parameters)
+    with pytest.raises(CheckpointError, match="written by bitsandbytes AdamW8bit and this run uses torch AdamW"):
+        load_optimizer_state(built.optimizer, names_of(parameters), *saved_state("adamw8bit"))
+
+
+def test_state_of_other_parameters_is_refused_and_nothing_is_loaded() -> None:
+    """Missing, foreign, mis-shaped and half-saved state are all named at once."""
+    tensors, scalars = saved_state("adamw8bit")
+    scalars["parameters"]["unet.z"] = scalars["parameters"].pop("unet.a.lora_A.weight")
+    tensors["unet.a.lora_B.weight.state1"] = torch.zeros(5, 5)
+    parameters = make_parameters()
+    built = build("adamw8bit", parameters)
+    with pytest.raises(CheckpointError) as caught:
+        load_optimizer_state(built.optimizer, names_of(parameters), tensors, scalars)
+    text = str(caught.value)
+    assert "unet.a.lora_A.weight is trained in this run but not in it" in text
+    assert "unet.z is in it but not trained in this run" in text
+    assert "unet.a.lora_B.weight.state1 has shape [5, 5], but the parameter has [63, 65]" in text
+    assert "not whole" in text
+    assert not built.optimizer.state
