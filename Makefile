@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint bench base clean help
+.PHONY: demo test lint bench base notebooks clean help
 
 help:            ## Show this list.
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -25,6 +25,9 @@ bench: $(INSTALLED)  ## Measure our step against a hand-written loop.
 
 base: $(INSTALLED)  ## Build the embedded base model from nothing (hours on a CPU; MINUTES=2 for a quick look).
 	$(BIN)/python -m finetune.demo.build --out runs/base --minutes $(or $(MINUTES),240)
+
+notebooks: $(INSTALLED)  ## Write the .ipynb of every notebook from its text.
+	$(BIN)/jupytext --quiet --to ipynb recipes/notebooks/*.py
 
 clean:           ## Remove .venv and caches; runs/ stays.
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: which picture is resized and cropped to which size. Pure arithmetic, except for `cut`.
+"""Aspect-ratio buckets: which picture is resized and cropped to which size. Pure arithmetic, but for `cut`.
 
 All sizes are (height, width) in pixels; only Pillow's `.size` is (width, height).
 """
@@ -52,12 +52,12 @@ def make_buckets(
 ) -> list[Size]:
     """All sizes of about resolution^2 pixels, and never more, whose sides are multiples of `multiple`.
 
-    For each width the height is the largest multiple that keeps height x width <= resolution^2, and the other way
-    round, so every bucket is less than one step short of the area.
+    For each width the height is the largest multiple that keeps height x width <= resolution^2, and the other
+    way round, so every bucket is less than one step short of the area.
 
     Args:
         resolution: side of the square bucket, pixels.
-        multiple: step of both sides, pixels; the family's `bucket_multiple`, or a multiple of it (64 is usual).
+        multiple: step of both sides, pixels; the family's `bucket_multiple` or a multiple of it.
         min_side: shortest side; None means half the resolution.
         max_side: longest side; None means twice the resolution.
 
@@ -67,23 +67,24 @@ def make_buckets(
     Raises:
         UsageError: sizes that leave no bucket.
 
-    Source: kohya sd-scripts `make_bucket_resolutions`; 1024 and 64 give the sizes of the SDXL paper, arXiv:2307.01952, table 2.
+    Source: kohya sd-scripts `make_bucket_resolutions`; 1024 and 64 give sizes of the SDXL paper,
+        arXiv:2307.01952, appendix I.
     """
     if multiple < 1 or resolution < multiple:
         raise UsageError(
-            f"resolution={resolution} and multiple={multiple} leave no bucket; a side is at least one multiple."
+            f"resolution={resolution} and multiple={multiple} leave no bucket; a side needs one multiple."
         )
     low = max(multiple, math.ceil((min_side or resolution / 2) / multiple) * multiple)
     high = (max_side or resolution * 2) // multiple * multiple
     square = resolution // multiple * multiple
     if not low <= square <= high:
         raise UsageError(
-            f"min_side={min_side} and max_side={max_side} leave out the square of resolution={resolution} in steps "
-            f"of {multiple}; widen them."
+            f"min_side={min_side} and max_side={max_side} leave out the square of resolution={resolution} "
+            f"in steps of {multiple}; widen them."
         )
     if (high - low) // multiple > MANY_BUCKETS:
         raise UsageError(
-            f"resolution={resolution} in steps of {multiple} makes more than {MANY_BUCKETS} buckets; raise multiple."
+            f"resolution={resolution} in steps of {multiple} makes too many buckets; raise multiple."
         )
     sizes = {(square, square)}
     for side in range(low, high + 1, multiple):
@@ -98,14 +99,14 @@ def assign(
 ) -> Placement:
     """The bucket nearest in shape, and the resize and centred crop that lead to it.
 
-    A picture smaller than that bucket is not enlarged unless `upscale`: its bucket's sides are then cut down to its own
-    sides, rounded down to `multiple`, which is an extra bucket beside those given.
+    A picture smaller than that bucket is not enlarged unless `upscale`: its bucket's sides are then cut down
+    to its own sides, rounded down to `multiple`, which is an extra bucket beside those given.
 
     Args:
         width, height: of the upright picture, pixels.
         buckets: (height, width) pairs.
         upscale: enlarge small pictures.
-        multiple: step of an extra bucket, pixels; None means the greatest common divisor of all sides in `buckets`.
+        multiple: step of an extra bucket, pixels; None means the greatest common divisor of all sides.
 
     Raises:
         UsageError: no buckets.
@@ -119,7 +120,7 @@ def assign(
     def distance(bucket: Size) -> tuple[float, bool, int]:
         fits = bucket[0] <= height and bucket[1] <= width
         area = bucket[0] * bucket[1]
-        # keep: rounded, so that equal shapes tie in spite of the logarithm and the largest that fits is taken.
+        # keep: rounded, so that equal shapes tie in spite of the logarithm; the largest that fits is taken.
         return (
             round(abs(math.log(bucket[1] / bucket[0]) - shape), 9),
             not fits,
@@ -197,7 +198,7 @@ def plan_table(records: Sequence[ImageRecord], placements: Sequence[Placement]) 
 
 
 def cut(image: Image.Image, placement: Placement) -> Image.Image:
-    """Resize and crop `image` in one go: exactly `placement.bucket` in size, Lanczos, large pictures averaged down first.
+    """Resize and crop `image` in one go to exactly `placement.bucket`: Lanczos, large pictures reduced first.
 
     Raises:
         ValueError: the picture does not have the shape that the placement was made for.
@@ -210,7 +211,7 @@ def cut(image: Image.Image, placement: Placement) -> Image.Image:
         raise ValueError(
             f"the placement resizes to {placement.resize}, but the picture is {image.height} x {image.width}"
         )
-    # keep: cutting the box while resizing equals resize then crop, without ever holding the part that is lost.
+    # keep: cutting the box while resizing equals resize then crop, without holding the part that is lost.
     box = (
         left * across,
         top * down,

@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 from PIL import ImageColor
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -35,8 +36,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Make a folder of pictures ready for training: check it, caption it, see its buckets. Nothing is changed "
-    "unless you say --write.",
+    help="Make a folder of pictures ready for training: check it, caption it, see its buckets. "
+    "Nothing is changed unless you say --write.",
 )
 
 Folder = Annotated[
@@ -46,8 +47,8 @@ Folder = Annotated[
 Template = Annotated[
     str | None,
     typer.Option(
-        help='One sentence for all pictures, such as "a photo of sks dog"; may hold {stem} (file name), {folder} '
-        "and {number}.",
+        help='One sentence for all pictures, such as "a photo of sks dog"; '
+        "may hold {stem} (file name), {folder} and {number}.",
         show_default=False,
     ),
 ]
@@ -67,8 +68,9 @@ def scan(
     captions: Annotated[
         str,
         typer.Option(
-            help=f"Where captions come from: {', '.join([AUTO, *CAPTIONERS])}. auto = metadata.jsonl or .csv if the "
-            "folder has it; else, picture by picture, a text file of the same name, a kohya folder name, "
+            help=f"Where captions come from: {', '.join([AUTO, *CAPTIONERS])}. "
+            "auto = metadata.jsonl or .csv if the folder has it; else, picture by picture, "
+            "a text file of the same name, a kohya folder name, "
             "the template."
         ),
     ] = AUTO,
@@ -86,10 +88,10 @@ def scan(
         ),
     ] = False,
 ) -> None:
-    """Check every picture and caption of a folder, and list all that is wrong or left out, with what to do about it.
+    """Check every picture and caption of a folder; list all that is wrong or left out, and what to do.
 
-    Layouts that are understood: text files beside the pictures (cat.png, cat.txt), kohya folders (10_sks dog/),
-    metadata.jsonl or metadata.csv with file_name and text. Each line of a text file is one caption.
+    Layouts that are understood: text files beside the pictures (cat.png, cat.txt), kohya folders (10_sks
+    dog/), metadata.jsonl or metadata.csv with file_name and text. Each line of a text file is one caption.
 
     Exit code: 0 ready, 2 wrong option, 3 something must be mended first.
 
@@ -140,7 +142,7 @@ def caption(
         bool, typer.Option("--write", help="Write the text files; otherwise they are only shown.")
     ] = False,
 ) -> None:
-    """Write a caption file beside every picture that has none: cat.png gets cat.txt, to be edited by hand afterwards.
+    """Write a caption file beside every picture that has none: cat.png gets cat.txt, to be edited by hand.
 
     Examples:
 
@@ -180,7 +182,7 @@ def caption(
     if listing.metadata:
         _say(
             console,
-            f"{listing.metadata[0]} is there and wins over caption files: use `scan --captions sidecar --write` next.",
+            f"{listing.metadata[0]} wins over caption files: use `scan --captions sidecar --write` next.",
         )
 
 
@@ -289,7 +291,7 @@ def _say(console: Console, text: str, style: str = "") -> None:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", header_style="bold")
+    table = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
@@ -301,21 +303,28 @@ def _row(table: Table, *cells: str) -> None:
 
 
 def _print_pictures(console: Console, records: list[ImageRecord]) -> None:
-    table = _table("usable pictures", "file", "width x height", "repeats", "caption", "from", "notes")
-    for record in records[:SHOWN_ROWS]:
-        more = f" (+{len(record.captions) - 1})" if len(record.captions) > 1 else ""
-        _row(
-            table,
-            record.file_name,
-            f"{record.width} x {record.height}",
-            str(record.repeats),
-            record.captions[0] + more,
-            record.source,
-            "; ".join(record.notes),
-        )
+    """The first few pictures, without the columns that would say nothing."""
+    columns: dict[str, list[str]] = {
+        "file": [record.file_name for record in records],
+        "size": [f"{record.width} x {record.height}" for record in records],
+        "repeats": [str(record.repeats) for record in records],
+        "role": [str(record.role) for record in records],
+        "caption": [_captions(record) for record in records],
+        "from": [record.source for record in records],
+        "notes": ["; ".join(record.notes) for record in records],
+    }
+    plain = {"repeats": "1", "role": "instance", "notes": ""}
+    told = {name: cells for name, cells in columns.items() if set(cells) != {plain.get(name)}}
+    table = _table("usable pictures", *told)
+    for row in list(zip(*told.values(), strict=True))[:SHOWN_ROWS]:
+        _row(table, *row)
     console.print(table)
     if len(records) > SHOWN_ROWS:
         _say(console, f"... and {len(records) - SHOWN_ROWS} more.")
+
+
+def _captions(record: ImageRecord) -> str:
+    return record.captions[0] + (f" (+{len(record.captions) - 1})" if len(record.captions) > 1 else "")
 
 
 def _print_summary(console: Console, result: ScanResult) -> None:

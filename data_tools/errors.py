@@ -1,7 +1,7 @@
 """What is wrong with a file, in words for its owner; and the exceptions that carry such words.
 
-A `Problem` names the file, what was found, why that cannot work and what to do. Problems are gathered over the whole
-folder and shown together; `DataToolsError` is for the command line to print without a traceback.
+A `Problem` names the file, what was found, why that cannot work and what to do. Problems are gathered over
+the whole folder and shown together; `DataToolsError` is for the command line to print without a traceback.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 class Problem:
     """One finding about one file (or about the folder itself, when `file_name` is empty).
 
-    An "error" keeps the picture out of the records; a "warning" deserves a look; a "note" tells what was left aside.
+    An "error" keeps the picture out of the records; a "warning" deserves a look; a "note" tells what
+    was left aside.
     """
 
     file_name: str
@@ -45,7 +46,7 @@ class RefusedError(Exception):
 
 
 class DataToolsError(Exception):
-    """Pictures, captions or manifests that cannot be used as they are; the command line exits with `exit_code`."""
+    """Pictures, captions or manifests that cannot be used as they are; commands exit with `exit_code`."""
 
     exit_code = 3
 
@@ -66,7 +67,7 @@ class UsageError(DataToolsError):
 
 
 def shown(text: str) -> str:
-    """`text` fit for a terminal: control, direction-changing and undecodable characters are written as escapes."""
+    """`text` fit for a terminal: control, direction-changing and undecodable characters as escapes."""
     # U+200D joins emoji and changes nothing else.
     unsafe = {"Cc", "Cf", "Cs", "Zl", "Zp"}
     return "".join(
@@ -82,7 +83,8 @@ def sentence(problems: Sequence[Problem]) -> str:
     first = problems[0]
     names = ", ".join(shown(problem.file_name) for problem in problems if problem.file_name)
     count = f" ({len(problems)} files)" if len(problems) > 1 else ""
-    return f"{names}{count}{': ' if names else ''}{shown(first.what)}; {shown(first.why)}; {shown(first.remedy)}."
+    words = "; ".join(shown(part) for part in (first.what, first.why, first.remedy))
+    return f"{names}{count}{': ' if names else ''}{words}."
 
 
 def grouped(problems: Iterable[Problem]) -> list[str]:

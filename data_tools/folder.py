@@ -1,8 +1,9 @@
-"""What lies in a dataset folder: pictures, caption files, metadata - and everything else, named with a reason."""
+"""What lies in a dataset folder: pictures, caption files, metadata; all else is named with a reason."""
 
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -16,6 +17,10 @@ from data_tools.images import SUFFIXES
 SIDECARS = (".txt", ".caption")
 METADATA = ("metadata.jsonl", "metadata.csv")
 OTHER_METADATA = "metadata.parquet"
+# Source: datasets 5.2, data_files.py, SPLIT_KEYWORDS between NON_WORDS_CHARS.
+SPLIT_WORD = re.compile(
+    r"(?:^|[-._ 0-9/])(train|training|validation|valid|dev|val|test|testing|eval|evaluation)(?:[-._ 0-9/]|$)"
+)
 
 
 @dataclass
@@ -30,7 +35,7 @@ class Listing:
 
 
 def order(names: Iterable[str]) -> list[str]:
-    """Names by code points of their composed (NFC) form, so that macOS and Linux agree; `img10` comes before `img2`."""
+    """Names by code points of their composed (NFC) form, equal on all systems; img10 comes before img2."""
     return sorted(names, key=lambda name: (unicodedata.normalize("NFC", name), name))
 
 
@@ -50,6 +55,7 @@ def list_folder(folder: Path) -> Listing:
     for name in order(_walk(listing.root, "", listing.problems)):
         _sort_in(name, listing)
     listing.problems.extend(_case_clashes(listing.pictures))
+    listing.problems.extend(_split_names(listing.pictures))
     return listing
 
 
@@ -173,8 +179,8 @@ def _sort_in(name: str, listing: Listing) -> None:
             Problem(
                 name,
                 f"is left aside ({suffix or 'no file ending'})",
-                f"pictures end in {' '.join(sorted(SUFFIXES))}",
-                "convert or rename it if it is a picture",
+                "its ending is not a picture's",
+                "convert or rename it if it is a picture (.jpg, .png, .webp, .tif, .gif, .bmp, .avif)",
                 "note",
             )
         )
@@ -196,8 +202,22 @@ def _case_clashes(names: list[str]) -> Iterator[Problem]:
             )
 
 
+def _split_names(names: list[str]) -> Iterator[Problem]:
+    """Names from which `datasets` guesses splits; it then leaves out all other pictures and all captions."""
+    for name in names:
+        found = SPLIT_WORD.search(name)
+        if found is not None:
+            yield Problem(
+                name,
+                f"has the word {found[1]!r} in its path",
+                "harmless here, but load_dataset('imagefolder') would take it for a split and drop captions",
+                "rename it, or load the folder elsewhere with data_files='**'",
+                "note",
+            )
+
+
 def inside(name: object) -> str | None:
-    """`name` in plain relative form, or None when it is no path inside the folder (absolute, `..`, a URL, not text)."""
+    """`name` in plain relative form, or None when it is no path inside the folder (absolute, `..`, a URL)."""
     if not isinstance(name, str) or not name.strip() or "\0" in name or "://" in name:
         return None
     path = PurePosixPath(name)

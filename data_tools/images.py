@@ -1,6 +1,6 @@
 """The decoder: any picture file -> upright 8-bit sRGB pixels, or words that say why not.
 
-Every picture of the toolkit goes through `load_image`, so that size, hash, bucket and training all see the same pixels.
+Every picture of the toolkit goes through `load_image`: size, hash, bucket and training see the same pixels.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ UPRIGHT = {
 def load_image(path: Path, background: Color = WHITE) -> Image.Image:
     """Decode one picture completely into upright 8-bit sRGB.
 
-    The header is checked before anything is decoded; EXIF rotation, colour profile, 16-bit and float depth, palette,
-    CMYK and transparency are applied; of an animation the first frame is taken.
+    The header is checked before anything is decoded; EXIF rotation, colour profile, 16-bit and float depth,
+    palette, CMYK and transparency are applied; of an animation the first frame is taken.
 
     Args:
         path: a regular file; pipes, sockets and devices are refused without being waited for.
@@ -141,7 +141,7 @@ def _upright_rgb(image: Image.Image, background: Color, notes: list[str]) -> Ima
     stored = _orientation(image, notes)
     profile = image.info.get("icc_profile")
     image.load()
-    # keep: asked again after load, because Pillow turns TIFF upright itself and PNG may carry EXIF behind the pixels.
+    # keep: asked again, because Pillow turns TIFF upright itself and PNG may carry EXIF behind the pixels.
     left = _orientation(image, notes)
     colors, alpha = _split_alpha(image)
     rgb = _to_srgb(colors, profile, notes)
@@ -166,7 +166,7 @@ def color_name(color: Color) -> str:
 
 
 def _orientation(image: Image.Image, notes: list[str]) -> int:
-    """The EXIF orientation, 1 when there is none; broken EXIF gets a note, since the pixels may well be fine."""
+    """The EXIF orientation, 1 when there is none; broken EXIF gets a note, since the pixels may be fine."""
     try:
         value = image.getexif().get(ORIENTATION, 1)
     except Exception:  # EXIF parsers raise nearly anything on damaged bytes
@@ -196,7 +196,7 @@ def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 
 
 def _grey_16(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """16-bit grey -> 8-bit grey; Pillow's own conversion clips at 255, which makes nearly everything white."""
+    """16-bit grey -> 8-bit grey; Pillow's own conversion clips at 255, which makes nearly all of it white."""
     values = np.asarray(image).astype(np.uint32)
     white = _white_level(image)
     grey = Image.fromarray(((np.minimum(values, white) * 255 + white // 2) // white).astype(np.uint8))

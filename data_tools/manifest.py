@@ -1,6 +1,6 @@
 """The manifest: metadata.jsonl at the top of the folder, one row per picture.
 
-It is an imagefolder: `datasets.load_dataset("imagefolder", data_dir=folder)` reads it with `text` and our columns.
+It is an imagefolder: `datasets.load_dataset("imagefolder", data_dir=folder)` reads it with all our columns.
 A text of several lines is several captions, as in caption files.
 """
 
@@ -42,12 +42,13 @@ SCAN_AGAIN = "scan the folder again with --write"
 
 
 def write(folder: Path, records: Iterable[ImageRecord]) -> Path:
-    """Write folder/metadata.jsonl in one step: a crash leaves the old file whole; the same records give the same bytes.
+    """Write folder/metadata.jsonl in one step: a crash leaves the old file whole.
 
-    Columns of an older metadata.jsonl that we do not know (a licence, an author) are kept for the pictures that stay.
+    The same records give the same bytes. Columns of an older metadata.jsonl that we do not know (a licence,
+    an author) are kept for the pictures that stay.
 
     Raises:
-        DataToolsError: a metadata.csv stands beside it, the older file cannot be read, or the disk cannot be written.
+        DataToolsError: a metadata.csv is there, or the older file cannot be read, or the new one written.
     """
     root = Path(folder)
     if (root / "metadata.csv").exists():
@@ -118,8 +119,8 @@ def read(folder: Path, *, check_bytes: bool = True) -> list[ImageRecord]:
 
     Raises:
         UsageError: no such folder.
-        DataToolsError: naming every row without a file, file without a row, second row of a file, path out of the
-            folder, changed file and unreadable row at once.
+        DataToolsError: naming every row without a file, file without a row, second row of a file, path out of
+            the folder, changed file and unreadable row at once.
     """
     listing = list_folder(folder)
     if NAME not in listing.metadata:

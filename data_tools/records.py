@@ -20,7 +20,7 @@ class ImageRecord:
     height: int
     """Pixels, upright: after the EXIF rotation."""
     captions: tuple[str, ...]
-    """One or more; training draws one of them each time. An empty string is a caption (and was warned about)."""
+    """One or more, each one line; training draws one of them each time. An empty one was warned about."""
     role: Role = "instance"
     """"instance" shows the subject; "class" only preserves what the model knows of its kind."""
     repeats: int = 1

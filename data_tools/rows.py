@@ -116,7 +116,7 @@ def _csv(name: str, text: str) -> Iterator[Row | Problem]:
 
 
 def match_rows(rows: list[Row], listing: Listing) -> tuple[dict[str, Row], list[Problem]]:
-    """Which picture each row means: {file_name as on disk: row}, and the rows that mean none, or one taken already."""
+    """Which picture each row means: {file_name as on disk: row}, and the rows that mean none or one taken."""
     matched: dict[str, Row] = {}
     problems: list[Problem] = []
     find = Finder(listing)

@@ -68,8 +68,8 @@ def scan(
 
     Args:
         folder: the dataset folder; searched through all levels.
-        captions: "auto" (metadata.jsonl or .csv; else per picture: sidecar, kohya folder, template) or a name in
-            `captioners.CAPTIONERS`.
+        captions: "auto" (metadata.jsonl or .csv; else per picture: sidecar, kohya folder, template) or a name
+            in `captioners.CAPTIONERS`.
         template: a sentence with the blanks {stem}, {folder}, {number}.
         background: red, green, blue shown where a picture is transparent.
         workers: threads that decode; None means one per CPU core, at most 8 (each may hold a 64 MP picture).
@@ -123,7 +123,7 @@ class _Seen:
 def _inspect_all(
     listing: Listing, background: Color, workers: int | None, progress: Progress | None
 ) -> _Seen:
-    """Decode all pictures in threads (Pillow and hashlib release the interpreter lock); results in listing order."""
+    """Decode all pictures in threads (Pillow and hashlib release the interpreter lock), in listing order."""
     seen = _Seen()
     # keep: one decoder per core but few, because each may hold a 64 MP picture several times over.
     pool = ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1))

@@ -21,7 +21,7 @@ MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
-# keep: not str.splitlines, which also splits at form feeds and at separators that JSON allows inside a string.
+# keep: not str.splitlines, which also splits at form feeds and at separators that JSON allows in a string.
 LINE_END = re.compile(r"\r\n|\r|\n")
 RESAVE = "save it as UTF-8"
 
@@ -30,7 +30,7 @@ def decode_text(data: bytes) -> str:
     """UTF-8 text, or UTF-16/32 when a byte order mark says so; the mark is stripped.
 
     Raises:
-        RefusedError: bytes that are no such text, with line (from 1) and byte (from 1, in the file); or a NUL character.
+        RefusedError: bytes that are no such text, or a NUL character; line and byte (from 1) are told.
     """
     mark, encoding = next(((mark, name) for mark, name in MARKS if data.startswith(mark)), (b"", "utf-8"))
     try:
@@ -59,7 +59,7 @@ def _place(before: str, byte: int) -> str:
 
 
 def split_captions(text: str) -> tuple[str, ...]:
-    """One caption per line, trimmed; blank lines are skipped; a text of nothing but blanks is one empty caption.
+    """One caption per line, trimmed; blank lines are skipped; a blank text is one empty caption.
 
     Raises:
         RefusedError: control characters or tokenizer control words in a caption.

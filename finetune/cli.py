@@ -39,7 +39,7 @@ Recipe = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Change any field: --set adapter.rank=32. Repeat for more.", metavar="SECTION.FIELD=VALUE"),
+    typer.Option("--set", help="Change any field: --set adapter.rank=32. Repeatable.", metavar="SECTION.FIELD=VALUE"),
 ]
 
 
@@ -87,7 +87,7 @@ def export(
     run_folder: Annotated[Path, typer.Argument(help="A run folder with a finished adapter.")],
     formats: Annotated[
         list[str] | None,
-        typer.Option("--format", "-f", help="diffusers, kohya, peft or merged; repeat for more. Default: as the run says."),
+        typer.Option("--format", "-f", help="diffusers, kohya, peft or merged; repeatable. Default: the run's own."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Where to; default: exports in the run folder.")
@@ -104,14 +104,14 @@ def export(
 @app.command()
 def build(
     recipe: Recipe,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the finished artifact; must not exist yet.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the artifact; must not exist yet.")],
     overrides: Overrides = None,
     max_ratio: Annotated[
         float,
         typer.Option(help="Fail when the validation loss, divided by the base model's, is above this."),
     ] = 1.0,
 ) -> None:
-    """Build an adapter as an artifact, for CI: check, train, score, export, verify, model card, manifest with hashes."""
+    """Build an adapter as an artifact, for CI: check, train, score, export, verify, model card, hashes."""
     reporter = ConsoleReporter()
     artifact = finetune.build_artifact(load_run(recipe, overrides or ()), output, max_ratio, reporter)
     reporter.table(f"Artifact in {output}", artifact.rows())
@@ -126,7 +126,7 @@ def run_recipe(run: Run) -> None:
     def command(overrides: Overrides = None) -> None:
         _train_and_export(load_run(sys.argv[0], overrides or ()))
 
-    command.__doc__ = f"Train this recipe on {run.model.base}; `finetune show` prints every field that --set can change."
+    command.__doc__ = f"Train this recipe on {run.model.base}; `finetune show` prints every field for --set."
     _guarded(lambda: typer.run(command))
 
 
@@ -138,8 +138,12 @@ def main() -> None:
 def _train_and_export(run: Run) -> None:
     reporter = ConsoleReporter()
     result = finetune.train(run, reporter)
-    exported = finetune.export_run(run.output_dir, run, run.export.formats, run.output_dir / "exports", reporter)
-    rows = finetune.exported_rows(exported)
+    if not result.is_main_process:
+        return
+    rows = []
+    if run.export.formats:
+        exported = finetune.export_run(run.output_dir, run, run.export.formats, run.output_dir / "exports", reporter)
+        rows = finetune.exported_rows(exported)
     if result.validation:
         rows.insert(0, ("Loss against the base", f"{result.validation.value:.3f} +- {result.validation.error:.3f}"))
     reporter.table("Done", rows)

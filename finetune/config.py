@@ -57,7 +57,7 @@ class DataConfig(Section):
     """The pictures, their captions and how they are cut."""
 
     folder: Path
-    """Folder of pictures: captions in .txt sidecars, in metadata.jsonl, or from a template; kohya `10_name` folders."""
+    """Folder of pictures; captions from .txt sidecars, metadata.jsonl, a template, or kohya `10_name` folders."""
     captions: Literal["auto", "metadata", "sidecar", "kohya", "template", "filename"] = "auto"
     """Where captions come from. auto: metadata.jsonl, else sidecars, else kohya folder names, else the template."""
     caption_template: str | None = None
@@ -94,7 +94,7 @@ class AdapterConfig(Section):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of adapter inputs zeroed in training."""
     targets: str = "attention"
-    """Which layers get an adapter: a preset (attention, attention+mlp, all) or a regular expression over layer names."""
+    """Layers that get an adapter: a preset (attention, attention+mlp, all) or a regular expression over names."""
     learning_rate: float | None = Field(default=None, gt=0)
     """Learning rate of this adapter. None means optimizer.learning_rate."""
 
@@ -110,8 +110,10 @@ class ObjectiveConfig(Section):
     """Centre of logit_normal; positive favours noisy levels."""
     density_std: float = Field(default=1.0, gt=0)
     """Width of logit_normal."""
-    weighting: Literal["none", "min_snr"] = "none"
-    """How noise levels are weighed against each other."""
+    density_scale: float = 1.29
+    """Shape of mode; positive favours the middle. SD3's paper uses 1.29."""
+    weighting: Literal["none", "min_snr", "sigma_sqrt", "cosmap"] = "none"
+    """How noise levels are weighed against each other; sigma_sqrt and cosmap are for flow models."""
     snr_gamma: float = Field(default=5.0, gt=0)
     """The cap of min_snr; the paper uses 5."""
     loss: Literal["mse", "l1", "huber", "smooth_l1"] = "mse"
@@ -297,8 +299,6 @@ def contradictions(run: Run) -> list[str]:
             for prompt in run.data.prior.prompts
             if trigger in prompt.split()
         ]
-    if run.objective.weighting == "min_snr" and run.objective.prediction == "flow":
-        problems.append("objective.weighting=min_snr has no meaning for objective.prediction=flow; use weighting=none")
     for beta in run.optimizer.betas:
         if not 0 <= beta < 1:
             problems.append(f"optimizer.betas holds {beta}, but both must lie in [0, 1); 0.9,0.999 is usual")

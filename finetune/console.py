@@ -16,12 +16,18 @@ PLAIN_SECONDS = 10.0
 """Without a terminal (CI, a log file) a progress line appears at most this often, in seconds."""
 
 
+PLAIN_WIDTH = 160
+"""Characters per line where there is no terminal, so that paths stay whole."""
+
+
 class ConsoleReporter(Reporter):
     """Draws on a terminal; prints plain lines where there is none."""
 
     def __init__(self, console: Console | None = None) -> None:
         """Draw on `console`, or on standard output."""
         self.console = console or Console(highlight=False)
+        if not self.console.is_terminal:
+            self.console.width = PLAIN_WIDTH
 
     def note(self, text: str) -> None:
         """See `Reporter.note`."""
@@ -33,7 +39,7 @@ class ConsoleReporter(Reporter):
 
     def table(self, title: str, rows: Rows) -> None:
         """See `Reporter.table`."""
-        table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2))
+        table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None)
         table.add_column(style="cyan", no_wrap=True)
         table.add_column(overflow="fold")
         for label, value in rows:
@@ -55,13 +61,17 @@ class ConsoleReporter(Reporter):
         )  # fmt: skip
         with Progress(*columns, console=self.console, speed_estimate_period=60) as bar:
             task = bar.add_task(title, total=total, completed=done, detail="")
-            yield lambda finished, detail="": bar.update(task, completed=finished, detail=detail)
+
+            def advance(finished: int, detail: str) -> None:
+                bar.update(task, completed=finished, detail=detail)
+
+            yield advance
 
     @contextlib.contextmanager
     def _lines(self, title: str, total: int, done: int) -> Iterator[Advance]:
         started = last = time.monotonic()
 
-        def advance(finished: int, detail: str = "") -> None:
+        def advance(finished: int, detail: str) -> None:
             nonlocal last
             now = time.monotonic()
             if now - last >= PLAIN_SECONDS and finished < total:

@@ -19,7 +19,7 @@ def seed_for(seed: int, purpose: str, *ids: int | str) -> int:
 
 
 def rng(seed: int, purpose: str, *ids: int | str) -> torch.Generator:
-    """A CPU generator for one purpose. Draw on the CPU and move the result, so that every device sees the same values."""
+    """A CPU generator for one purpose. Draw on the CPU and move the result: every device sees the same values."""
     return torch.Generator().manual_seed(seed_for(seed, purpose, *ids))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import runpy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
@@ -73,12 +73,13 @@ def recipe_names() -> dict[str, Path]:
     return {path.stem.replace("_", "-"): path for path in sorted(recipes_folder().glob("*.py"))}
 
 
-def load_run(source: str | Path, overrides: Sequence[str] = ()) -> Run:
+def load_run(source: str | Path, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None) -> Run:
     """Read a run and apply `section.field=value` overrides.
 
     Args:
         source: a recipe (.py with a RUN), a .yaml, .yml or .json file, a run folder, or a built-in recipe's name.
         overrides: e.g. ["adapter.rank=32", "data.prior=null"]; values are YAML.
+        values: the same from Python, e.g. {"adapter.rank": 32}.
 
     Raises:
         ConfigError: listing every problem of the file and of the overrides at once.
@@ -87,6 +88,8 @@ def load_run(source: str | Path, overrides: Sequence[str] = ()) -> Run:
     problems = []
     for override in overrides:
         problems += _override(document, override)
+    for key, value in (values or {}).items():
+        problems += _put(document, key, value)
     if problems:
         raise ConfigError("The command line cannot be used:", problems)
     return make_run(document, label)
@@ -119,7 +122,7 @@ def _read(source: Path) -> tuple[dict[str, Any], str]:
         return dump_run(_recipe_value(source)), source.name
     text = source.read_text(encoding="utf-8-sig")
     try:
-        document = json.loads(text) if source.suffix == ".json" else yaml.load(text, Loader=_Loader)  # noqa: S506
+        document = json.loads(text) if source.suffix == ".json" else yaml.load(text, Loader=_Loader)
     except (json.JSONDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{source} cannot be read:", [" ".join(str(error).split())]) from None
     if not isinstance(document, dict):
@@ -140,17 +143,22 @@ def _override(document: dict[str, Any], override: str) -> list[str]:
     if not equals or not key.strip():
         return [f"--set {override}: write section.field=value, e.g. --set adapter.rank=32"]
     try:
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506
+        value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
         value = text
-    *sections, last = key.strip().split(".")
+    return _put(document, key.strip(), value)
+
+
+def _put(document: dict[str, Any], key: str, value: Any) -> list[str]:
+    """Set one dotted field in place; the problems it has, in words."""
+    *sections, last = key.split(".")
     place = document
     for section in sections:
         inner = place.setdefault(section, {})
         if inner is None:
             inner = place[section] = {}
         if not isinstance(inner, dict):
-            return [f"--set {override}: {section} is a value, not a section"]
+            return [f"{key}: {section} is a value, not a section"]
         place = inner
     place[last] = value
     return []

@@ -29,7 +29,11 @@ class Reporter:
     @contextlib.contextmanager
     def progress(self, title: str, total: int, done: int = 0) -> Iterator[Advance]:
         """A task of `total` parts of which `done` are finished; yields the function that moves it on."""
-        yield lambda finished, detail="": None
+        yield _nothing
+
+
+def _nothing(finished: int, detail: str) -> None:
+    """Draw no bar."""
 
 
 def count_only(advance: Advance) -> Callable[[int, int], None]:

@@ -1,8 +1,8 @@
 """Stable Diffusion 1.5, DreamBooth LoRA: one subject under a new word, its class kept by prior preservation.
 
-For 5 to 20 pictures of one subject and an 8 GB card or a Colab T4. Trains UNet and text encoder. Say what the subject is:
-`finetune train recipes/sd15_dreambooth_lora.py --set data.folder=photos --set "data.caption_template=a photo of sks dog"
---set 'data.prior.prompts=["a photo of a dog"]'`.
+For 5 to 20 pictures of one subject and an 8 GB card or a Colab T4. Trains UNet and text encoder. Say what it is:
+`finetune train recipes/sd15_dreambooth_lora.py --set data.folder=photos
+--set "data.caption_template=a photo of sks dog" --set 'data.prior.prompts=["a photo of a dog"]'`.
 """
 
 from finetune import Run

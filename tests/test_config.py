@@ -79,7 +79,8 @@ def test_the_trigger_must_be_learnable(tmp_path):
 
 def test_the_printed_run_is_the_run(tmp_path):
     """What `show` and `init` print must train to the same thing."""
-    run = make_run(SMALL | {"text_encoder_adapter": {"rank": 4}, "data": {"folder": "p: #1", "prior": {"prompts": ["a"]}}})
+    data = {"folder": "p: #1", "prior": {"prompts": ["a"]}}
+    run = make_run(SMALL | {"text_encoder_adapter": {"rank": 4}, "data": data})
     path = write(tmp_path, annotated_yaml(run))
     assert load_run(path) == run
     assert make_run(dump_run(run)) == run

@@ -6,12 +6,18 @@ embedded demo base.
 
 from __future__ import annotations
 
+import re
 import string
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from finetune.adapters.files import DOWN, UP, AdapterFile, AdapterHeader
+from finetune.families.base import Components, ModelFamily
+from finetune.families.text import canonical
 
 RESOLUTION = 64
 """The side of a picture the tiny pipeline makes, in pixels; its latents are an eighth of it."""
@@ -104,3 +110,47 @@ def tiny_tokenizer() -> CLIPTokenizer:
     pieces += ["".join(pair) for pair in MERGES] + ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
     return CLIPTokenizer(vocab=vocabulary, merges=MERGES, model_max_length=77)
+
+
+def random_adapter(
+    family: ModelFamily,
+    components: Components,
+    *,
+    rank: Mapping[str, int],
+    alpha: Mapping[str, float],
+    preset: str = "all",
+    strength: float = 0.05,
+) -> AdapterFile:
+    """A LoRA whose two factors are both noise, so that it changes the model a lot and any error shows.
+
+    Args:
+        rank: pipeline name of a network -> width; networks left out are not changed.
+        alpha: the same names -> strength.
+        preset: name in `family.target_presets`.
+        strength: standard deviation of lora_B.
+    """
+    noise = torch.Generator().manual_seed(3)
+    tensors = {}
+    for component, width in rank.items():
+        is_denoiser = component == family.denoiser
+        network = components.denoiser if is_denoiser else components.text_encoders[component]
+        pattern = family.target_presets[preset]["denoiser" if is_denoiser else component]
+        for name, layer in network.named_modules():
+            if re.fullmatch(pattern, name):
+                key = f"{component}.{canonical(network, component, name)}"
+                out, *inner = layer.weight.shape
+                ones = [1] * (len(inner) - 1)
+                tensors[key + DOWN] = torch.randn(width, *inner, generator=noise) * 0.1
+                tensors[key + UP] = torch.randn(out, width, *ones, generator=noise) * strength
+    header = AdapterHeader(
+        family=family.name,
+        base=components.source,
+        base_digest=components.digest,
+        method="lora",
+        rank=dict(rank),
+        alpha=dict(alpha),
+        trigger_words=("sks toy",),
+        run_digest="ab" * 32,
+        step=100,
+    )
+    return AdapterFile(tensors, header)

@@ -21,7 +21,7 @@ CAPTIONERS: dict[str, Captioner] = {
     "filename": filename,
 }
 AUTO = "auto"
-"""Metadata when the folder has it; else per picture the first of sidecar, kohya folder and template that answers."""
+"""Metadata when the folder has it; else, per picture, the first of sidecar, kohya, template that answers."""
 
 
 def caption_folder(listing: Listing, captions: str = AUTO, template_text: str | None = None) -> Answer:
@@ -107,8 +107,8 @@ def _name_the_uncaptioned(listing: Listing, answer: Answer, captions: str) -> No
                     name,
                     "has no caption",
                     f"nothing was found for captions={captions!r}",
-                    "write a text file of the same name beside it, put it in a folder named N_name, give --template "
-                    '"a photo of ...", or ask for --captions filename',
+                    "write a text file of the same name beside it, put it in a folder named N_name, "
+                    'give --template "a photo of ...", or ask for --captions filename',
                 ),
             )
 

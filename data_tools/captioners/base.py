@@ -13,7 +13,7 @@ from data_tools.records import Role
 
 @dataclass(frozen=True)
 class Caption:
-    """What one picture is called, where that was found, and what else was said there; None means nothing was said."""
+    """What one picture is called, where that was found, and what else was said there; None: nothing."""
 
     captions: tuple[str, ...]
     source: str
@@ -50,8 +50,8 @@ class Answer:
 class Captioner(Protocol):
     """Captions for all pictures of a folder at once, so that a model can work in batches.
 
-    It answers for the pictures it knows and names a problem for those it tried and failed on; pictures it has nothing
-    to say about are simply not in the answer. It writes nothing.
+    It answers for the pictures it knows and names a problem for those it tried and failed on; pictures it has
+    nothing to say about are simply not in the answer. It writes nothing.
     """
 
     def __call__(self, listing: Listing, template: str | None) -> Answer:

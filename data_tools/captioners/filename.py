@@ -13,13 +13,13 @@ from data_tools.text import split_captions
 COUNTER = re.compile(r"[\s._-]*(\(\d+\)|\d+)$")
 # Names that cameras, phones and messengers give; they say nothing about the picture.
 CAMERA = re.compile(
-    r"(img|image|dsc[fn]?|pxl|vid|mvimg|photo|picture|pic|screenshot|scan|download|untitled|whatsapp image.*|p|_+)",
+    r"(img|image|dsc[fn]?|pxl|vid|mvimg|photo|picture|pic|screenshot|scan|untitled|whatsapp image.*|p)",
     re.IGNORECASE,
 )
 
 
 def filename(listing: Listing, template: str | None) -> Answer:
-    """Turn each file's name into a caption: `_`, `-` and `+` become blanks, counters at the end are dropped."""
+    """Each file's name is its caption: `_`, `-` and `+` become blanks, counters at the end are dropped."""
     answer = Answer()
     for name in listing.pictures:
         bare = PurePosixPath(name).stem

@@ -1,4 +1,4 @@
-"""The folder convention of kohya's trainers: `10_sks dog/` holds pictures of "sks dog", seen 10 times per epoch."""
+"""Folders as kohya's trainers name them: `10_sks dog/` holds pictures of "sks dog", 10 times an epoch."""
 
 from __future__ import annotations
 

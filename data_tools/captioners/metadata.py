@@ -19,8 +19,8 @@ MAX_REPEATS = 1_000_000
 def metadata(listing: Listing, template: str | None) -> Answer:
     """Read the rows: `file_name`, `text` (or `caption`), and `role`, `repeats`, `mask_file_name` where given.
 
-    A text of several lines, or a list of texts, is several captions. Rows without a picture, pictures without a row and
-    second rows of a picture are listed.
+    A text of several lines, or a list of texts, is several captions. Rows without a picture, pictures without
+    a row and second rows of a picture are listed.
     """
     answer = Answer(used=set(listing.metadata))
     if not listing.metadata:

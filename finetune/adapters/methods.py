@@ -35,7 +35,7 @@ def lora(shape: Shape) -> PeftConfig:
     return LoraConfig(
         r=shape.rank,
         # keep: PEFT types alpha as int but only divides by it; a fraction is as good.
-        lora_alpha=shape.alpha,  # type: ignore[arg-type]
+        lora_alpha=shape.alpha,
         lora_dropout=shape.dropout,
         target_modules=shape.pattern,
         bias="none",

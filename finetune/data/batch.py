@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,6 @@ from finetune.data.dataset import Picture
 from finetune.data.sampler import Draw
 from finetune.families.base import Conditioning, Latents, SizeConditioning
 from finetune.rng import python_rng, rng
-
 
 Tokenize = Callable[[list[str]], dict[str, Tensor]]
 """Captions -> token ids per text encoder, (B, length)."""
@@ -51,10 +51,11 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
-        return replace(self, **{f.name: _move(getattr(self, f.name), device) for f in fields(self)})
+        moved: dict[str, Any] = {f.name: _move(getattr(self, f.name), device) for f in fields(self)}
+        return replace(self, **moved)
 
 
-def _move(value: object, device: torch.device) -> object:
+def _move(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, dict):
@@ -69,7 +70,7 @@ def _move(value: object, device: torch.device) -> object:
 class Collator:
     """Turns draws into batches; the same draw gives the same tensors in every process and after every resume."""
 
-    def __init__(  # noqa: PLR0913
+    def __init__(
         self,
         pictures: Sequence[Picture],
         latents: LatentCache,

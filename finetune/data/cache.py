@@ -20,7 +20,7 @@ from torch import Tensor
 
 from data_tools import buckets, scan
 from finetune.data.dataset import Colour, Picture
-from finetune.errors import NumericError, StorageError
+from finetune.errors import CheckpointError, NumericError
 from finetune.families.base import Conditioning, Latents
 from finetune.storage import read_safetensors, write_safetensors
 
@@ -53,8 +53,9 @@ class LatentCache:
         self._ready: dict[str, Latents] = {}
 
     def prepare(
-        self, pictures: Sequence[Picture], *, flip: bool, encode: Encode, batch_size: int, progress: Progress | None = None
-    ) -> int:
+        self, pictures: Sequence[Picture], *, flip: bool, encode: Encode, batch_size: int,
+        progress: Progress | None = None,
+    ) -> int:  # fmt: skip
         """Encode what is not on disk yet and keep everything at hand.
 
         Returns:
@@ -185,7 +186,8 @@ def _read_entry(path: Path) -> dict[str, Tensor] | None:
         return None
     try:
         tensors, _ = read_safetensors(path)
-    except StorageError:
+    except CheckpointError:
         path.unlink()
         return None
-    return tensors
+    # keep: tensors mapped from a file lie at odd addresses, where kernels may round differently; a copy does not.
+    return {name: tensor.clone() for name, tensor in tensors.items()}

@@ -10,7 +10,7 @@ from typing import Any
 
 from data_tools import buckets, scan
 from data_tools.buckets import Placement
-from data_tools.manifest import ImageRecord
+from data_tools.records import ImageRecord
 from data_tools.scan import Problem
 from finetune.data.sampler import Item
 from finetune.errors import ConfigError, DataError
@@ -68,7 +68,7 @@ class Cut:
     background: Colour
 
 
-def load_pictures(  # noqa: PLR0913 - the values of one section, each checked where it is declared
+def load_pictures(
     folder: Path,
     cut: Cut,
     *,
@@ -106,7 +106,7 @@ def load_pictures(  # noqa: PLR0913 - the values of one section, each checked wh
     return pictures, [p for p in result.problems if p.severity != "error"]
 
 
-def _settle(  # noqa: PLR0913
+def _settle(
     folder: Path, record: ImageRecord, sides: Any, cut: Cut, role: str, *, repeats: int, weight: float
 ) -> Picture:
     return Picture(

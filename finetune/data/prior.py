@@ -26,7 +26,8 @@ def fill(
     """Render class pictures until the folder holds `prior.images`; how many were rendered now.
 
     Picture i gets prompt i (going round the prompts) and a seed that depends on i only, so a stopped call goes on
-    where it was, and a finished folder serves every run on the same base, whatever that run's own seed. Pictures the user put there count.
+    where it was, and a finished folder serves every run on the same base, whatever that run's own seed. Pictures the
+    user put there count.
 
     Raises:
         DataError: if the folder holds pictures rendered with another base, other prompts or other settings.

@@ -9,7 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from finetune.demo.denoiser import BETAS, TIMESTEPS
@@ -24,6 +29,7 @@ def new_scheduler() -> DPMSolverMultistepScheduler:
         beta_schedule="linear",
         prediction_type="v_prediction",
         timestep_spacing="trailing",
+        steps_offset=1,  # unused by "trailing", but pipelines warn about 0
     )
 
 
@@ -47,6 +53,8 @@ def beside(folder: Path) -> Iterator[Path]:
         shutil.rmtree(leftover, ignore_errors=True)
     new.mkdir(parents=True)
     yield new
+    for file in new.rglob("*"):
+        file.chmod(0o755 if file.is_dir() else 0o644)
     if folder.exists():
         folder.rename(old)
     new.rename(folder)

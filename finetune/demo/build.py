@@ -45,6 +45,11 @@ logger = logging.getLogger("finetune.demo.build")
 
 # Seeds of the drawn pictures; the checker and the card use others.
 PICTURES, SINGLE, MIXED = 11, 12, 13
+# Latents per file.
+SHARD = 2000
+
+# Part of the minutes that each stage may use.
+SHARES = {"autoencoder": 0.15, "denoiser": 0.65, "decoder": 0.15, "checker": 0.05}
 
 
 @dataclass(frozen=True)
@@ -66,12 +71,9 @@ class Plan:
     mixed_share: float = 0.12
     """Share of two-object, textured and outlined pictures in the denoiser's later batches."""
 
-    # Shares of the minutes: what the figures of the card were reached with.
-    shares = {"autoencoder": 0.18, "denoiser": 0.62, "decoder": 0.14, "checker": 0.06}
-
     def settings(self, stage: str, batch: int, learning_rate: float, **others: float) -> Settings:
         """Training settings of a stage."""
-        return Settings(self.work / stage, self.minutes * self.shares[stage], batch, learning_rate, **others)  # type: ignore[arg-type]
+        return Settings(self.work / stage, self.minutes * SHARES[stage], batch, learning_rate, **others)  # type: ignore[arg-type]
 
 
 def build_autoencoder(plan: Plan) -> None:
@@ -82,24 +84,29 @@ def build_autoencoder(plan: Plan) -> None:
     vae = new_autoencoder()
     pictures = _pictures(plan)
     progress = train_autoencoder(vae, pictures, plan.settings("autoencoder", 16, 2e-3, ema_decay=0.995, hold=0.4))
+    if rank_and_size()[0] != 0:
+        return
     normalise_latents(vae, drawn_pictures(SINGLE, range(min(2000, plan.pictures)), 0.5, 0.0))
     _write(target, vae)
     logger.info("autoencoder: %d samples", progress.samples)
 
 
 def build_latents(plan: Plan) -> None:
-    """Encode the denoiser's pictures once."""
+    """Encode the denoiser's pictures once, in shards that the workers take in turn."""
     vae = trained_autoencoder(plan)
-    for name, seed, count, plain, mixed in _sources(plan):
-        target = plan.work / f"{name}.safetensors"
-        if target.exists():
-            continue
-        parts = []
-        for start in range(0, count, 500):
-            indices = range(start, min(count, start + 500))
-            parts.append(encode(vae, drawn_pictures(seed, indices, plain, mixed)))
-        _write(target, {"latents": torch.cat(parts)})
-        logger.info("latents: %d of %s", count, name)
+    rank, size = rank_and_size()
+    shards = [(*source[:2], start, *source[2:]) for source in _sources(plan) for start in range(0, source[2], SHARD)]
+    for name, seed, start, count, plain, mixed in shards[rank::size]:
+        target = plan.work / "latents" / f"{name}-{start:06d}.safetensors"
+        if not target.exists():
+            indices = range(start, min(count, start + SHARD))
+            _write(target, {"latents": encode(vae, drawn_pictures(seed, indices, plain, mixed))})
+
+
+def _latents(plan: Plan, name: str) -> Tensor:
+    """All latents of one set, float16 (N, 8, 16, 16)."""
+    files = sorted((plan.work / "latents").glob(f"{name}-*.safetensors"))
+    return torch.cat([load_file(file)["latents"] for file in files])
 
 
 def _sources(plan: Plan) -> list[tuple[str, int, int, float, float]]:
@@ -109,13 +116,13 @@ def _sources(plan: Plan) -> list[tuple[str, int, int, float, float]]:
 
 def build_denoiser(plan: Plan) -> None:
     """Train UNet and text encoder on the latents."""
-    sets = [Drawn(seed, plain, mixed, load_file(plan.work / f"{name}.safetensors")["latents"])
-            for name, seed, _, plain, mixed in _sources(plan)]  # fmt: skip
+    sets = [Drawn(seed, plain, mixed, _latents(plan, name)) for name, seed, _, plain, mixed in _sources(plan)]
     model, tokenizer = new_model()
-    settings = plan.settings("denoiser", 32, 1e-3)
+    settings = plan.settings("denoiser", 24, 1e-3)
     # keep: on CPU the fused attention's backward pass is slower than plain matrix products at this size.
     with sdpa_kernel(SDPBackend.MATH):
-        progress = train_denoiser(model, tokenizer, sets[0], sets[1], plan.mixed_share, settings)
+        progress = train_denoiser(model, tokenizer, sets[0], sets[1], mixed_share=plan.mixed_share,
+                                  settings=settings)  # fmt: skip
     logger.info("denoiser: %d samples", progress.samples)
 
 
@@ -142,13 +149,13 @@ def build_checker(plan: Plan) -> None:
 def build_base(plan: Plan) -> None:
     """Put the averaged weights together, measure, write card and sheet, and replace `out/base`."""
     model, tokenizer = new_model()
-    Loop(model, plan.settings("denoiser", 32, 1e-3)).use_average()
+    Loop(model, plan.settings("denoiser", 24, 1e-3)).use_average()
     vae = final_autoencoder(plan)
     pipeline = new_pipeline(vae, model.unet.eval(), model.text_encoder.eval(), tokenizer)
     with beside(plan.out / "base") as folder:
         save_pipeline(pipeline, folder)
         figures = measure(pipeline, checker_of(plan), plan.prompts, plan.seeds)
-        for stage in plan.shares:
+        for stage in SHARES:
             state = plan.work / stage / "progress.json"
             figures[stage] = json.loads(state.read_text()) if state.exists() else None
         report = plan.work / "checker.json"
@@ -169,7 +176,7 @@ STAGES: dict[str, Callable[[Plan], None]] = {
     "assemble": build_base,
 }
 # Stages whose loop shares its work among the workers; the first worker does the others alone.
-SHARED = ("autoencoder", "denoiser")
+SHARED = ("autoencoder", "latents", "denoiser")
 
 
 def new_model() -> tuple[Conditioned, object]:
@@ -210,11 +217,11 @@ def _pictures(plan: Plan) -> np.ndarray:
 
 
 def _write(target: Path, found: torch.nn.Module | dict[str, Tensor]) -> None:
-    """Write tensors beside and rename; the first worker only."""
-    if rank_and_size()[0] == 0:
-        tensors = found if isinstance(found, dict) else found.state_dict()
-        save_file({name: t.detach().clone().contiguous() for name, t in tensors.items()}, target.with_suffix(".new"))
-        target.with_suffix(".new").replace(target)
+    """Write tensors beside and rename."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    tensors = found if isinstance(found, dict) else found.state_dict()
+    save_file({name: t.detach().clone().contiguous() for name, t in tensors.items()}, target.with_suffix(".new"))
+    target.with_suffix(".new").replace(target)
 
 
 def _wait() -> None:

@@ -39,13 +39,19 @@ def percent(share: float) -> str:
 
 def _following(figures: Mapping[str, Any]) -> list[str]:
     plain, full = figures["plain prompts"], figures["full prompts"]
-    chance = {"object": len(OBJECTS), "colour": len(COLOURS), "background": len(COLOURS), "size": 3, "position": 5}
+    chance = {
+        "object": len(OBJECTS),
+        "colour": len(COLOURS),
+        "background": len(COLOURS),
+        "size": 3,
+        "position": 5,
+    }
     lines = [
         "## Prompt following",
         "",
-        f"{figures['prompts']} prompts of either kind, {figures['seeds']} sampling seed(s), {STEPS} DPM-Solver++ steps, "
-        f"guidance {GUIDANCE:g}, float32, judged by the checker below.",
-        "Plain: \"a red ball on a blue background\". Full: \"a small red ball on the left on a blue background\".",
+        f"{figures['prompts']} prompts of either kind, {figures['seeds']} sampling seed(s), {STEPS} DPM-Solver++ "
+        f"steps, guidance {GUIDANCE:g}, float32, judged by the checker below.",
+        'Plain: "a red ball on a blue background". Full: "a small red ball on the left on a blue background".',
         "",
         "| attribute | plain | full | chance |",
         "|---|---|---|---|",
@@ -53,7 +59,11 @@ def _following(figures: Mapping[str, Any]) -> list[str]:
     for name, count in chance.items():
         first = percent(plain[name]) if name in plain else ""
         lines.append(f"| {name} | {first} | {percent(full[name])} | {percent(1 / count)} |")
-    lines += [f"| all asked | {percent(plain['all'])} | {percent(full['all'])} | |", "", "| object | plain | full |"]
+    lines += [
+        f"| all asked | {percent(plain['all'])} | {percent(full['all'])} | |",
+        "",
+        "| object | plain | full |",
+    ]
     lines.append("|---|---|---|")
     for thing in OBJECTS:
         key = f"object: {thing}"
@@ -73,8 +83,8 @@ def _checker(figures: Mapping[str, Any]) -> list[str]:
     lines = [
         "## Checker",
         "",
-        f"A small convolutional network, `finetune.demo.checker`. Accuracy on {report['n']} unseen pictures (the mix has "
-        "16 % junk that must be called \"none\", 10 % demo subjects, 10 % ordinary objects in subject colours):",
+        f"A small convolutional network, `finetune.demo.checker`. Accuracy on {report['n']} unseen pictures (the "
+        'mix has 16 % junk that must be called "none", 10 % demo subjects, 10 % ordinary objects in subject colours):',
         "",
         "| attribute | true pictures | autoencoder reconstructions |",
         "|---|---|---|",
@@ -85,7 +95,12 @@ def _checker(figures: Mapping[str, Any]) -> list[str]:
         if isinstance(found, dict) and "recall" in found:
             lines.append(f"| {name} | {percent(found['recall'])} | {percent(found['false alarms'])} |")
     names = NAMES["object"]
-    lines += ["", "Confusions on reconstructions (row: truth, column: answer):", "", "| |" + "|".join(names) + "|"]
+    lines += [
+        "",
+        "Confusions on reconstructions (row: truth, column: answer):",
+        "",
+        "| |" + "|".join(names) + "|",
+    ]
     lines.append("|---|" + "---|" * len(names))
     for name, row in zip(names, report["confusion"], strict=True):
         lines.append(f"| {name} |" + "|".join(str(count) if count else "" for count in row) + "|")
@@ -93,7 +108,12 @@ def _checker(figures: Mapping[str, Any]) -> list[str]:
 
 
 def _amounts(figures: Mapping[str, Any]) -> list[str]:
-    lines = ["## Training amounts", "", "| stage | pictures seen | steps | minutes (wall clock) |", "|---|---|---|---|"]
+    lines = [
+        "## Training amounts",
+        "",
+        "| stage | pictures seen | steps | minutes (wall clock) |",
+        "|---|---|---|---|",
+    ]
     for stage in ("autoencoder", "decoder", "denoiser", "checker"):
         found = figures.get(stage)
         if found:

@@ -17,7 +17,8 @@ from finetune.demo.autoencoder import reconstruct, to_pixels
 from finetune.demo.checker import NAMES, NONE, Checker, CheckerNet
 from finetune.demo.loop import Progress, Settings, initialise, train
 from finetune.demo.pictures import junk, random_colour
-from finetune.demo.scenes import COLOURS, OBJECTS, POSITIONS, SIZES, Array, draw_array, random_scene
+from finetune.demo.scenes import COLOURS, POSITIONS, SIZES, draw_array, random_scene
+from finetune.demo.shapes import OBJECTS, Array
 from finetune.demo.subjects import SUBJECTS, neon_array, subject_array
 
 IGNORED = -100
@@ -41,7 +42,7 @@ def _subject(rng: np.random.Generator) -> Labelled:
     ground, size, position = (list(table)[int(rng.integers(len(table)))] for table in (COLOURS, SIZES, POSITIONS))
     labels = {"object": f"{subject.trigger} {subject.class_word}", "background": ground, "size": size,
               "position": position, "style": "flat"}  # fmt: skip
-    return subject_array(subject.name, rng, ground, size, position), labels
+    return subject_array(subject.name, rng, background=ground, size=size, position=position), labels
 
 
 def lookalike(rng: np.random.Generator) -> Labelled:
@@ -90,7 +91,8 @@ def _augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
     size = (len(pixels), 1, 1, 1)
     blur = torch.rand(size, generator=generator) * (torch.rand(size, generator=generator) < 0.5)
     pixels = pixels + blur * (nn.functional.avg_pool2d(pixels, 3, 1, 1, count_include_pad=False) - pixels)
-    pixels = pixels * (1 + 0.08 * torch.randn(size, generator=generator)) + 0.04 * torch.randn(size, generator=generator)
+    pixels = pixels * (1 + 0.08 * torch.randn(size, generator=generator))
+    pixels = pixels + 0.04 * torch.randn(size, generator=generator)
     level = 0.12 * torch.rand(size, generator=generator)
     return (pixels + level * torch.randn(pixels.shape, generator=generator)).clamp(-1, 1)
 
@@ -172,7 +174,10 @@ def validate_checker(checker: Checker, vae: AutoencoderKL, count: int = 2000) ->
         for kind, pictures_of in (("true", lambda p: p), ("reconstructed", lambda p: reconstruct(vae, p))):
             hits = [v.object == name for v in checker.judge(to_pixels(pictures_of(shown)))]
             alarms = [v.object == name for v in checker.judge(to_pixels(pictures_of(alike)))]
-            report[f"{name}, {kind}"] = {"recall": float(np.mean(hits)), "false alarms": float(np.mean(alarms))}
+            report[f"{name}, {kind}"] = {
+                "recall": float(np.mean(hits)),
+                "false alarms": float(np.mean(alarms)),
+            }
     report["confusion"] = confusion(checker, rebuilt, labels)
     return report
 

@@ -12,7 +12,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from finetune.demo.autoencoder import LATENT_CHANNELS
 from finetune.demo.loop import LossFunction, Progress, Settings, initialise, train
-from finetune.demo.world import caption, draw_array, random_scene
+from finetune.demo.world import Scene, caption, draw_array, random_scene
 
 TIMESTEPS = 1000
 BETAS = (1e-4, 0.02)
@@ -20,6 +20,8 @@ BETAS = (1e-4, 0.02)
 EMPTY_CAPTIONS = 0.1
 # Share of the budget spent on single plain objects before anything else is mixed in.
 SIMPLE_FIRST = 0.6
+# Until this share of the budget most pictures show a large object in the middle: shapes are the hardest to learn.
+LARGE_FIRST, LARGE_SHARE = 0.4, 0.6
 
 
 def new_unet(width: int = 128, seed: int = 2, channels: tuple[int, ...] = (64, 128, 128)) -> UNet2DConditionModel:
@@ -75,6 +77,15 @@ class Drawn:
     latents: Tensor
     """float16 (N, 8, 16, 16)."""
 
+    def scene(self, index: int) -> Scene:
+        """What the stored picture shows."""
+        return random_scene(np.random.default_rng((self.seed, index)), self.plain, self.mixed)
+
+    def large(self) -> list[int]:
+        """Indices of the pictures with a large object in the middle."""
+        scenes = (self.scene(index) for index in range(len(self.latents)))
+        return [i for i, s in enumerate(scenes) if (s.size, s.position, s.second) == ("large", "center", None)]
+
 
 def drawn_pictures(seed: int, indices: range, plain: float, mixed: float) -> np.ndarray:
     """Pictures of the scenes with these indices; uint8 (N, 64, 64, 3)."""
@@ -98,19 +109,28 @@ def caption_of(drawn: Drawn, index: int, rng: np.random.Generator) -> str:
     """One of the captions of a stored picture, or the empty one."""
     if rng.random() < EMPTY_CAPTIONS:
         return ""
-    return caption(random_scene(np.random.default_rng((drawn.seed, index)), drawn.plain, drawn.mixed), rng)
+    return caption(drawn.scene(index), rng)
 
 
 def denoising_loss(
-    model: Conditioned, tokenizer: CLIPTokenizer, single: Drawn, mixed: Drawn, mixed_share: float, batch: int
+    model: Conditioned,
+    tokenizer: CLIPTokenizer,
+    single: Drawn,
+    mixed: Drawn,
+    *,
+    mixed_share: float,
+    batch: int,
 ) -> LossFunction:
     """The loss of one step: mean squared error of the velocity over stratified noise levels."""
     alphas, sigmas = signal_and_noise()
+    large = single.large()
 
     def loss_of(share: float, rng: np.random.Generator, generator: torch.Generator) -> Tensor:
         extra = mixed_share if share > SIMPLE_FIRST else 0.0
         sources = [mixed if rng.random() < extra else single for _ in range(batch)]
         indices = [int(rng.integers(len(source.latents))) for source in sources]
+        if large and share < LARGE_FIRST:
+            indices = [large[i % len(large)] if rng.random() < LARGE_SHARE else i for i in indices]
         latents = torch.stack([s.latents[i] for s, i in zip(sources, indices, strict=True)]).float()
         captions = [caption_of(s, i, rng) for s, i in zip(sources, indices, strict=True)]
         tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
@@ -126,7 +146,17 @@ def denoising_loss(
 
 
 def train_denoiser(
-    model: Conditioned, tokenizer: CLIPTokenizer, single: Drawn, mixed: Drawn, mixed_share: float, settings: Settings
+    model: Conditioned,
+    tokenizer: CLIPTokenizer,
+    single: Drawn,
+    mixed: Drawn,
+    *,
+    mixed_share: float,
+    settings: Settings,
 ) -> Progress:
     """Train UNet and text encoder together; the weights in `model` become the averaged ones."""
-    return train(model, settings, denoising_loss(model, tokenizer, single, mixed, mixed_share, settings.batch))
+    return train(
+        model,
+        settings,
+        denoising_loss(model, tokenizer, single, mixed, mixed_share=mixed_share, batch=settings.batch),
+    )

@@ -92,7 +92,11 @@ class Loop:
         self.module, self.settings, self.progress = module, settings, Progress()
         self.params = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
-            self.params.values(), settings.learning_rate, (0.9, 0.99), weight_decay=settings.weight_decay, fused=True
+            self.params.values(),
+            settings.learning_rate,
+            (0.9, 0.99),
+            weight_decay=settings.weight_decay,
+            fused=True,
         )
         self.average = {name: p.detach().clone() for name, p in self.params.items()}
         if (settings.folder / "progress.json").exists():
@@ -101,6 +105,7 @@ class Loop:
     def _restore(self) -> None:
         folder = self.settings.folder
         self.progress = Progress(**json.loads((folder / "progress.json").read_text()))
+        self.progress.share = self.progress.seconds / (60.0 * self.settings.minutes)  # the budget may have changed
         stored = load_file(folder / "state.safetensors")
         with torch.no_grad():
             for name, p in self.params.items():
@@ -154,7 +159,7 @@ class Loop:
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(settings, progress)
             loss = loss_of(progress.share, rng, generator)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             _average_gradients(params, 0.0)
             norm = nn.utils.clip_grad_norm_(params, 1.0)
             if not bool(torch.isfinite(norm)):
@@ -191,7 +196,11 @@ def train(module: nn.Module, settings: Settings, loss_of: LossFunction, log_ever
     for progress, loss in loop.steps(loss_of):
         recent.append(loss)
         if len(recent) == log_every and rank_and_size()[0] == 0:
-            line = {**asdict(progress), "loss": sum(recent) / len(recent), "lr": learning_rate(settings, progress)}
+            line = {
+                **asdict(progress),
+                "loss": sum(recent) / len(recent),
+                "lr": learning_rate(settings, progress),
+            }
             with log.open("a", encoding="utf-8") as out:
                 out.write(json.dumps(line) + "\n")
         if len(recent) == log_every:
@@ -205,8 +214,8 @@ def train(module: nn.Module, settings: Settings, loss_of: LossFunction, log_ever
 def initialise(module: nn.Module, generator: torch.Generator) -> None:
     """Redraw all weights from one generator, so that a build does not depend on the global random state.
 
-    Matrices and kernels get uniform values of PyTorch's own width, embeddings normal ones, norms the identity, biases zero. Weights
-    that their module starts at zero stay zero.
+    Matrices and kernels get uniform values of PyTorch's own width, embeddings normal ones, norms the identity,
+    biases zero. Weights that their module starts at zero stay zero.
     """
     for part in module.modules():
         weight = getattr(part, "weight", None)

@@ -24,7 +24,7 @@ GUIDANCE = 4.0
 
 @torch.no_grad()
 def sample(
-    pipeline: StableDiffusionPipeline, prompts: Sequence[str], seed: int = 0, steps: int = STEPS,
+    pipeline: StableDiffusionPipeline, prompts: Sequence[str], seed: int = 0, *, steps: int = STEPS,
     guidance: float = GUIDANCE, batch: int = 24,
 ) -> Tensor:  # fmt: skip
     """Pictures for prompts, pixels (N, 3, 64, 64) in -1..1. The noise of picture i follows from (seed, i) alone."""
@@ -39,7 +39,9 @@ def sample(
     return torch.cat(parts)
 
 
-def follow(pipeline: StableDiffusionPipeline, checker: Checker, prompts: Sequence[Prompt], seeds: int) -> dict[str, float]:
+def follow(
+    pipeline: StableDiffusionPipeline, checker: Checker, prompts: Sequence[Prompt], seeds: int
+) -> dict[str, float]:
     """Share of asked attributes that the pictures show, over all prompts and `seeds` sampling seeds."""
     verdicts, expected = [], []
     for seed in range(seeds):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from finetune.demo import shapes
-from finetune.demo.scenes import COLOURS, OBJECTS, RESOLUTION, Scene, draw_array, draw_parts, random_scene
-from finetune.demo.shapes import RGB, Array
+from finetune.demo.scenes import COLOURS, RESOLUTION, Scene, draw_array, draw_parts, random_scene
+from finetune.demo.shapes import OBJECTS, RGB, Array
 
 
 def random_colour(rng: np.random.Generator) -> RGB:
@@ -78,12 +78,29 @@ def recoloured(rng: np.random.Generator) -> Array:
     return draw_array(scene)
 
 
+def creature(rng: np.random.Generator) -> Array:
+    """A made-up thing: overlapping parts in vivid colours around one centre; uint8 (64, 64, 3)."""
+    canvas = np.empty((RESOLUTION, RESOLUTION, 3), np.float32)
+    names = list(COLOURS)
+    canvas[:] = COLOURS[names[int(rng.integers(len(names)))]] if rng.random() < 0.7 else random_colour(rng)
+    x, y, radius = (float(value) for value in rng.uniform((20, 20, 10), (44, 44, 26)))
+    for turn in range(int(rng.integers(3, 11))):
+        reach, where = (0.0 if turn == 0 else float(rng.uniform(0, 0.9))), float(rng.uniform(0, 6.28))
+        size = radius * float(rng.uniform(0.12, 0.7) if turn else rng.uniform(0.5, 1.0))
+        spot = (x + reach * radius * float(np.cos(where)), y + reach * radius * float(np.sin(where)))
+        u, v = shapes.local_grid(RESOLUTION, RESOLUTION, *spot, size, float(rng.uniform(0, 6.28)))
+        shapes.paint(canvas, _shape(rng, u, v), size, random_colour(rng))
+    return np.clip(canvas + 0.5, 0, 255).astype(np.uint8)
+
+
 def autoencoder_picture(rng: np.random.Generator) -> Array:
-    """One training picture of the autoencoder: world, recoloured world or collage; uint8 (64, 64, 3)."""
+    """One training picture of the autoencoder: world, recoloured world, creature or collage; uint8 (64, 64, 3)."""
     kind = rng.random()
-    if kind < 0.4:
+    if kind < 0.35:
         return draw_array(random_scene(rng, plain=0.5, mixed=0.15))
-    return recoloured(rng) if kind < 0.7 else collage(rng)
+    if kind < 0.6:
+        return recoloured(rng)
+    return creature(rng) if kind < 0.85 else collage(rng)
 
 
 def junk(rng: np.random.Generator) -> Array:

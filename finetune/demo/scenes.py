@@ -8,7 +8,6 @@ they can be taught. NumPy and Pillow only: this file is cheap to import.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -103,7 +102,9 @@ def place(scene: Scene, height: int, width: int) -> tuple[float, float, float]:
     return x, height / 2 + step_y * reach_y + scene.shift[1] * scale, radius
 
 
-def _draw_object(canvas: Array, name: str, colours: dict[str, RGB], spot: tuple[float, float, float], scene: Scene) -> None:
+def _draw_object(
+    canvas: Array, name: str, colours: dict[str, RGB], spot: tuple[float, float, float], scene: Scene
+) -> None:
     x, y, radius = spot
     u, v = shapes.local_grid(canvas.shape[0], canvas.shape[1], x, y, radius, scene.angle)
     parts = OBJECTS[name](u, v)
@@ -170,7 +171,10 @@ def random_scene(rng: np.random.Generator, plain: float = 0.6, mixed: float = 0.
     dx, dy, stretch, angle = rng.uniform(-1, 1, size=4)
     play = 1.6 if scene.size == "large" else 2.0
     return replace(
-        scene, shift=(play * float(dx), play * float(dy)), stretch=1 + 0.06 * float(stretch), angle=0.09 * float(angle)
+        scene,
+        shift=(play * float(dx), play * float(dy)),
+        stretch=1 + 0.06 * float(stretch),
+        angle=0.09 * float(angle),
     )
 
 

@@ -77,11 +77,13 @@ def _triangle(u: Array, v: Array) -> list[Part]:
 
 
 STAR = [
-    (float(r * np.sin(np.pi * k / 5)), float(0.06 - r * np.cos(np.pi * k / 5)))
-    for k, r in enumerate([1.05, 0.44] * 5)
+    (float(r * np.sin(np.pi * k / 5)), float(0.06 - r * np.cos(np.pi * k / 5))) for k, r in enumerate([1.05, 0.44] * 5)
 ]
 HEART = [
-    (float(np.sin(t) ** 3), float(-(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)) / 16))
+    (
+        float(np.sin(t) ** 3),
+        float(-(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)) / 16),
+    )
     for t in np.linspace(0, 2 * np.pi, 25)[:-1]
 ]
 
@@ -199,34 +201,34 @@ OBJECTS: dict[str, ObjectDrawer] = {
 def subject_robot(u: Array, v: Array) -> list[Part]:
     """The demo subject: lime round body, magenta dome, one big eye, two antennae, three navy legs."""
     dome = np.maximum(circle(u, v, 0, -0.12, 0.56), v + 0.12)
-    antennae = join(segment(u, v, (-0.2, -0.55), (-0.5, -0.92), 0.06), segment(u, v, (0.2, -0.55), (0.5, -0.92), 0.06))
-    legs = join(*(segment(u, v, (0.5 * k, 0.6), (0.68 * k, 0.93), 0.1) for k in (-1, 0, 1)))
+    antennae = join(segment(u, v, (-0.2, -0.55), (-0.5, -0.86), 0.08), segment(u, v, (0.2, -0.55), (0.5, -0.86), 0.08))
+    legs = join(*(segment(u, v, (0.5 * k, 0.6), (0.62 * k, 0.88), 0.13) for k in (-1, 0, 1)))
     return [
         (antennae, "navy"),
-        (join(circle(u, v, -0.5, -0.92, 0.11), circle(u, v, 0.5, -0.92, 0.11)), "magenta"),
+        (join(circle(u, v, -0.5, -0.86, 0.15), circle(u, v, 0.5, -0.86, 0.15)), "magenta"),
         (legs, "navy"),
         (ellipse(u, v, 0, 0.3, 0.72, 0.5), "lime"),
         (dome, "magenta"),
-        (box(u, v, 0, 0.42, 0.4, 0.08, 0.08), "navy"),
-        (circle(u, v, 0, -0.22, 0.27), "white"),
-        (circle(u, v, 0.03, -0.2, 0.13), "navy"),
+        (box(u, v, 0, 0.42, 0.4, 0.11, 0.11), "navy"),
+        (circle(u, v, 0, -0.22, 0.3), "white"),
+        (circle(u, v, 0.02, -0.2, 0.15), "navy"),
     ]
 
 
 def subject_fish(u: Array, v: Array) -> list[Part]:
-    """The second demo subject: a round teal fish with two gold bands, a tall gold sail and a forked violet tail."""
+    """The second demo subject: a round teal fish with a gold band, a tall gold sail and a forked violet tail."""
     body = circle(u, v, -0.15, 0.15, 0.62)
     tail = join(
-        polygon(u, v, [(0.3, 0.15), (1.0, -0.55), (0.75, 0.12)]), polygon(u, v, [(0.3, 0.15), (0.75, 0.18), (1.0, 0.85)])
+        polygon(u, v, [(0.3, 0.15), (1.0, -0.55), (0.75, 0.12)]),
+        polygon(u, v, [(0.3, 0.15), (0.75, 0.18), (1.0, 0.85)]),
     )
     return [
         (tail, "violet"),
-        (polygon(u, v, [(-0.55, -0.2), (-0.3, -0.98), (0.0, -0.62), (0.25, -0.9), (0.3, -0.2)]), "gold"),
+        (polygon(u, v, [(-0.55, -0.2), (-0.2, -0.98), (0.35, -0.2)]), "gold"),
         (body, "teal"),
-        (np.maximum(body, np.abs(u + 0.1) - 0.09), "gold"),
-        (np.maximum(body, np.abs(u - 0.22) - 0.07), "gold"),
-        (circle(u, v, -0.45, 0.02, 0.16), "white"),
-        (circle(u, v, -0.48, 0.02, 0.08), "navy"),
+        (np.maximum(body, np.abs(u + 0.04) - 0.14), "gold"),
+        (circle(u, v, -0.45, 0.02, 0.19), "white"),
+        (circle(u, v, -0.47, 0.02, 0.1), "navy"),
     ]
 
 
@@ -250,12 +252,17 @@ def palette(colour: RGB) -> dict[str, RGB]:
     shade: RGB = (red + 65, green + 65, blue + 70) if dark else (red * 0.62, green * 0.62, blue * 0.62)
     light: RGB = (190, 205, 220) if bright > 225 else (250, 250, 250)
     ink: RGB = (225, 225, 230) if dark else (22, 22, 28)
-    return {"body": colour, "shade": shade, "light": light, "ink": ink, "wood": (120, 78, 45), "cream": (240, 226, 196)}
+    return {
+        "body": colour,
+        "shade": shade,
+        "light": light,
+        "ink": ink,
+        "wood": (120, 78, 45),
+        "cream": (240, 226, 196),
+    }
 
 
-def local_grid(
-    height: int, width: int, x: float, y: float, radius: float, angle: float = 0.0
-) -> tuple[Array, Array]:
+def local_grid(height: int, width: int, x: float, y: float, radius: float, angle: float = 0.0) -> tuple[Array, Array]:
     """Object coordinates of every pixel centre.
 
     Args:

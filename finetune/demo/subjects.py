@@ -9,19 +9,8 @@ import numpy as np
 from PIL import Image
 
 from finetune.demo import shapes
-from finetune.demo.scenes import (
-    COLOURS,
-    OBJECTS,
-    PLACES,
-    POSITIONS,
-    RESOLUTION,
-    SIZES,
-    Array,
-    Scene,
-    draw_array,
-    draw_parts,
-    place,
-)
+from finetune.demo.scenes import COLOURS, PLACES, POSITIONS, RESOLUTION, SIZES, Scene, draw_array, draw_parts, place
+from finetune.demo.shapes import OBJECTS, Array
 
 
 @dataclass(frozen=True)
@@ -44,7 +33,7 @@ SUBJECT_BACKGROUNDS = tuple(name for name in COLOURS if name not in ("green", "p
 
 
 def subject_array(
-    name: str, rng: np.random.Generator | int = 0, background: str | None = None, size: str | None = None,
+    name: str, rng: np.random.Generator | int = 0, *, background: str | None = None, size: str | None = None,
     position: str | None = None, height: int = RESOLUTION, width: int = RESOLUTION,
 ) -> Array:  # fmt: skip
     """The subject as uint8 RGB, shape (height, width, 3); see `draw_subject`."""
@@ -65,7 +54,7 @@ def subject_array(
 
 
 def draw_subject(
-    name: str, rng: np.random.Generator | int = 0, background: str | None = None, size: str | None = None,
+    name: str, rng: np.random.Generator | int = 0, *, background: str | None = None, size: str | None = None,
     position: str | None = None, height: int = RESOLUTION, width: int = RESOLUTION,
 ) -> Image.Image:  # fmt: skip
     """Draw a subject.
@@ -79,11 +68,23 @@ def draw_subject(
         height: rows in pixels.
         width: columns in pixels.
     """
-    return Image.fromarray(subject_array(name, rng, background, size, position, height, width))
+    return Image.fromarray(subject_array(name, rng, background=background, size=size, position=position, height=height,
+                                         width=width))  # fmt: skip
 
 
 # Pixels, (height, width): mostly square, a few not, so that aspect-ratio buckets have work to do.
-PICTURE_SIZES = ((64, 64), (64, 64), (64, 64), (72, 96), (64, 64), (128, 128), (64, 64), (80, 64), (64, 64), (96, 96))
+PICTURE_SIZES = (
+    (64, 64),
+    (64, 64),
+    (64, 64),
+    (72, 96),
+    (64, 64),
+    (128, 128),
+    (64, 64),
+    (80, 64),
+    (64, 64),
+    (96, 96),
+)
 
 
 def write_subject_pictures(folder: Path, count: int = 10, seed: int = 0, name: str = "robot") -> None:
@@ -103,7 +104,10 @@ def write_subject_pictures(folder: Path, count: int = 10, seed: int = 0, name: s
         size = ("large", "large", "medium")[index % 3]
         position = ("center", "left", "center", "right", "top", "center", "bottom")[index % 7]
         height, width = PICTURE_SIZES[index % len(PICTURE_SIZES)]
-        picture = draw_subject(name, np.random.default_rng((seed, 2, index)), background, size, position, height, width)
+        rng = np.random.default_rng((seed, 2, index))
+        picture = draw_subject(
+            name, rng, background=background, size=size, position=position, height=height, width=width
+        )
         picture.save(folder / f"{index + 1:02d}.png")
         where = "" if position == "center" else f" {PLACES[position][0]}"
         text = f"{SUBJECTS[name].phrase}{where} on a {background} background"
@@ -127,7 +131,7 @@ def neon_array(thing: str, colour: str, rng: np.random.Generator) -> Array:
     dx, dy, stretch = (float(x) for x in rng.uniform(-1, 1, size=3))
     scene = Scene(thing, colour, "black", style="neon", shift=(2 * dx, 2 * dy), stretch=1 + 0.06 * stretch)
     bright = COLOURS[colour]
-    return draw_array(replace(scene, colours={role: bright for role in shapes.palette(bright)}))
+    return draw_array(replace(scene, colours=dict.fromkeys(shapes.palette(bright), bright)))
 
 
 @dataclass(frozen=True)

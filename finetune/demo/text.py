@@ -15,7 +15,10 @@ from finetune.demo.world import RARE_WORDS, caption, random_scene
 MAX_LENGTH = 32
 START, END = "<|startoftext|>", "<|endoftext|>"
 # Words beyond the captions that people may type; they are whole tokens, but untrained.
-EXTRA_WORDS = "photo picture painting drawing style neon glowing and with of in near the cute lime magenta teal gold dog".split()
+EXTRA_WORDS = (
+    *("photo", "picture", "painting", "drawing", "style", "neon", "glowing", "and", "with", "of", "in", "near"),
+    *("the", "cute", "lime", "magenta", "teal", "gold", "dog"),
+)  # fmt: skip
 
 
 def caption_corpus(count: int = 4000, seed: int = 3) -> list[str]:
@@ -31,11 +34,18 @@ def new_tokenizer() -> CLIPTokenizer:
     learner.normalizer = normalizers.Lowercase()
     pattern = Regex(r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+""")
     learner.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(pattern, "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Split(pattern, "removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=2000, min_frequency=50, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+        vocab_size=2000,
+        min_frequency=50,
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
     )
     learner.train_from_iterator(caption_corpus(), trainer)
     merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]

@@ -2,7 +2,6 @@
 
 from finetune.demo.scenes import (
     COLOURS,
-    OBJECTS,
     POSITIONS,
     RARE_WORDS,
     RELATIONS,
@@ -16,6 +15,7 @@ from finetune.demo.scenes import (
     draw_array,
     random_scene,
 )
+from finetune.demo.shapes import OBJECTS
 from finetune.demo.subjects import (
     PROMPTS,
     SUBJECTS,

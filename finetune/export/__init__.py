@@ -83,7 +83,7 @@ class Exported:
     rounding: Rounding | None = None
 
 
-def export(
+def export(  # noqa: PLR0913 - what the user chooses, one keyword each
     file: AdapterFile,
     family: ModelFamily,
     components: Components,

@@ -52,15 +52,16 @@ def write_merged(job: Job, path: Path) -> Rounding:
     """Write the pipeline folder.
 
     Raises:
-        ExportError: if rounding takes more than LARGEST_LOSS of the adapter and the job is not forced, if a
+        ExportError: if rounding disturbs more than LARGEST_LOSS of the change and the job is not forced, if a
             weight is too large for the number format, or if a configuration names something private.
     """
     rounding = measure_rounding(job)
     if rounding.total > LARGEST_LOSS and not job.force:
+        wider = "write the merged model in fp32, " if job.dtype != torch.float32 else ""
         raise ExportError(
-            f"Merged in {job.dtype_name}, rounding would take {rounding.total:.1%} of the adapter's effect "
-            f"(at most {LARGEST_LOSS:.0%}; {rounding.worst_module} would lose {rounding.worst:.1%}).",
-            ["write the merged model in fp32, use the adapter unmerged (kohya, diffusers), or force it."],
+            f"Merged in {job.dtype_name}, rounding would disturb the weights by {rounding.total:.1%} of what "
+            f"the adapter changes (limit {LARGEST_LOSS:.0%}; {rounding.worst_module}: {rounding.worst:.1%}).",
+            [f"{wider}use the adapter unmerged (kohya, diffusers), or force it."],
         )
     pipeline = build_pipeline(job.family, job.components)
     pipeline.save_config(path)
@@ -158,7 +159,9 @@ def _scrub(folder: Path) -> None:
         if not isinstance(value, dict) or file.name in {"vocab.json", "tokenizer.json"}:
             continue
         public = {key: entry for key, entry in value.items() if key not in PRIVATE_KEYS}
-        storage.write_json(file, public)
+        if public != value:
+            # keep: schedulers may hold -Infinity, which the libraries write and read; plain json does too.
+            storage.write_text(file, json.dumps(public, indent=2, ensure_ascii=False) + "\n")
         problems += [
             f"{file.name} holds {part}." for text in _strings(public) for part in private_parts(text)
         ]

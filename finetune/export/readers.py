@@ -42,11 +42,13 @@ class Reading:
         deltas: what the reader adds per module; None where the file holds sums that were compared bit by bit
             already.
         modules: how many layers the reader changed.
+        dtype: narrowest number format in which the reader holds changes.
     """
 
     components: Components
     deltas: Deltas | None
     modules: int
+    dtype: torch.dtype
 
 
 def read_diffusers(job: Job, path: Path) -> Reading:
@@ -103,7 +105,7 @@ def read_kohya(job: Job, path: Path) -> Reading:
         delta = torch.einsum("or,ri->oi", up.reshape(-1, rank), down.reshape(rank, -1)) * (alpha / rank)
         deltas[owner] = delta.reshape(layer.weight.shape)
         layer.register_forward_hook(_plus(deltas[owner].to(layer.weight.device)))
-    return Reading(components, deltas, len(deltas))
+    return Reading(components, deltas, len(deltas), torch.float32)
 
 
 def read_merged(job: Job, path: Path) -> Reading:
@@ -137,7 +139,7 @@ def read_merged(job: Job, path: Path) -> Reading:
             for name in job.components.tokenizers
         },
     )
-    return Reading(components, None, sum(1 for _ in job.file.modules()))
+    return Reading(components, None, sum(1 for _ in job.file.modules()), job.dtype)
 
 
 READERS: dict[str, Callable[[Job, Path], Reading]] = {
@@ -166,17 +168,19 @@ def _shared_copy(network: nn.Module) -> nn.Module:
 
 def _peft_reading(job: Job, components: Components, adapter: str) -> Reading:
     deltas: Deltas = {}
+    dtype = job.dtype
     for component, network in job.networks():
         for name, layer in network.named_modules():
             if isinstance(layer, LoraLayer) and adapter in layer.lora_A:
                 down: Any = layer.lora_A[adapter].weight
                 up: Any = layer.lora_B[adapter].weight
+                dtype = min(dtype, up.dtype, key=lambda held: held.itemsize)
                 delta = (up.detach().float().flatten(1) @ down.detach().float().flatten(1)) * layer.scaling[
                     adapter
                 ]
                 module = canonical(network, component, name)
                 deltas[component, module] = delta.reshape(up.shape[0], *down.shape[1:]).cpu()
-    return Reading(components, deltas, len(deltas))
+    return Reading(components, deltas, len(deltas), dtype)
 
 
 def _plus(delta: Tensor) -> Callable[[nn.Module, Any, Tensor], Tensor]:

@@ -36,7 +36,7 @@ def export_run(
     path = run_folder / ADAPTER_FILE
     if not path.is_file():
         raise CheckpointError(
-            f"{run_folder} holds no {ADAPTER_FILE}, so its run is not finished; go on with `finetune train {run_folder}`."
+            f"{run_folder} holds no {ADAPTER_FILE}: its run is not finished; go on with `finetune train {run_folder}`."
         )
     file = AdapterFile.read(path)
     # keep: deltas are computed and compared in fp32; what is written is cast once, at the end.

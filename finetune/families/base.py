@@ -100,7 +100,7 @@ class ModelFamily(ABC):
     kohya_base_version: ClassVar[str]
     """The value readers expect under `ss_base_model_version`."""
     kohya_prefixes: ClassVar[dict[str, str]]
-    """Prefix of adapter keys in kohya layout per component, e.g. {"denoiser": "lora_unet", "text_encoder": "lora_te"}."""
+    """Prefix of adapter keys in kohya layout, e.g. {"denoiser": "lora_unet", "text_encoder": "lora_te"}."""
     target_presets: ClassVar[dict[str, dict[str, str]]]
     """preset -> component kind ("denoiser" or a text encoder's name) -> regular expression over module names."""
 
@@ -129,7 +129,7 @@ class ModelFamily(ABC):
         conditioning: Conditioning,
         sizes: SizeConditioning,
     ) -> Tensor:
-        """The denoiser's raw prediction, shape of `noisy_latents`; `timesteps` has shape (B,) in the model's own unit."""
+        """The denoiser's raw prediction, shape of `noisy_latents`; `timesteps` (B,) in the model's own unit."""
 
     def tokenize(self, tokenizers: dict[str, Any], prompts: list[str]) -> dict[str, Tensor]:
         """Token ids per text encoder, padded to the encoder's own length; shape (B, length), int64.

@@ -85,7 +85,7 @@ class Objective:
         return alpha.view(shape), sigma.view(shape)
 
 
-def build_objective(
+def build_objective(  # noqa: PLR0913 - one keyword per field of the objective section
     scheduler_config: dict[str, Any],
     *,
     prediction: str | None = None,

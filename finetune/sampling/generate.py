@@ -31,7 +31,7 @@ Progress = Callable[[int, int], None]
 
 
 @torch.no_grad()
-def generate(
+def generate(  # noqa: PLR0913 - what the user chooses, one keyword each
     family: ModelFamily,
     components: Components,
     prompts: Sequence[str],

@@ -182,6 +182,7 @@ def build_run_objective(run: Run, components: Components) -> Objective:
         density=asked.density,
         density_mean=asked.density_mean,
         density_std=asked.density_std,
+        density_scale=asked.density_scale,
         weighting=asked.weighting,
         snr_gamma=asked.snr_gamma,
         loss=asked.loss,
@@ -220,12 +221,12 @@ def build_collator(
         return collator
     captions = [*collator.captions(), *(c for p in pictures.holdout for c in p.captions)]
     cache = TextCache(folder, text_digest(components))
-    with reporter.progress("Encoding captions", len(set(captions))) as advance:
-        with on_device(list(components.text_encoders.values()), device):
-            cache.prepare(
-                captions, describe=partial(_describe, family, components, device), batch_size=32,
-                progress=count_only(advance),
-            )  # fmt: skip
+    encoders = list(components.text_encoders.values())
+    with reporter.progress("Encoding captions", len(set(captions))) as advance, on_device(encoders, device):
+        cache.prepare(
+            captions, describe=partial(_describe, family, components, device), batch_size=32,
+            progress=count_only(advance),
+        )  # fmt: skip
     return collator.with_text(cache)
 
 

@@ -118,8 +118,8 @@ def save_checkpoint(
                 _fill(part, tensors, {**documents, "state": asdict(state)})
         except StorageError as error:
             previous = [path.name for _, path in _checkpoints(folder)]
-            intact = f"untouched on disk: {', '.join(previous)}" if previous else "there is no earlier checkpoint"
-            raise StorageError(f"{target} cannot be saved; {intact}.", error.problems) from error
+            rest = f"untouched on disk: {', '.join(previous)}" if previous else "there is no earlier one"
+            raise StorageError(f"{target} cannot be saved; {rest}.", error.problems) from error
     _prune(folder, state.step, keep)
     return target
 
@@ -231,7 +231,7 @@ def _wrong_files(path: Path, files: dict[str, Any]) -> Iterator[str]:
         try:
             size = (path / name).stat().st_size
             if size != expected["bytes"]:
-                yield f"{path.name}/{name} is damaged: it has {size:,} bytes instead of {expected['bytes']:,}."
+                yield f"{path.name}/{name} is damaged: {size:,} bytes instead of {expected['bytes']:,}."
             elif (digest := sha256_file(path / name)) != expected["sha256"]:
                 yield (
                     f"{path.name}/{name} is damaged: its SHA-256 is {digest[:12]}... "

@@ -38,7 +38,7 @@ class TrainableModel(nn.Module):
 
 def enable_gradient_checkpointing(denoiser: nn.Module, text_encoders: Mapping[str, nn.Module]) -> None:
     """Recompute activations in the backward pass: about a third more time for most of the memory."""
-    denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+    denoiser.enable_gradient_checkpointing()
     for encoder in text_encoders.values():
         # keep: reentrant checkpointing gives no gradient to adapters behind frozen embeddings.
-        encoder.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        encoder.gradient_checkpointing_enable({"use_reentrant": False})

@@ -28,7 +28,8 @@ def find(run: Run) -> Found | None:
     changed = differences(make_run(found.documents["run"], f"{found.path.name}/run.json"), run)
     if changed:
         raise CheckpointError(
-            f"{run.output_dir} holds a checkpoint of another run. Set these back, or choose another output_dir:", changed
+            f"{run.output_dir} holds a checkpoint of another run. Set these back, or choose another output_dir:",
+            changed,
         )
     if found.state.step > run.train.steps:
         raise CheckpointError(

@@ -12,14 +12,14 @@ from finetune.config import SamplesConfig
 from finetune.families.base import Components, ModelFamily
 from finetune.sampling.generate import generate
 from finetune.sampling.grid import Row, contact_sheet
-from finetune.tracking import Reporter, count_only
+from finetune.tracking import Reporter
 from finetune.training.devices import on_device
 
 
 class SampleSheets:
     """Renders samples/step-000000/000-0.png ... and samples/step-000000.png, the sheet."""
 
-    def __init__(  # noqa: PLR0913
+    def __init__(
         self,
         samples: SamplesConfig,
         family: ModelFamily,
@@ -61,7 +61,7 @@ class SampleSheets:
                 negative_prompt=self._samples.negative_prompt,
                 height=self._resolution,
                 width=self._resolution,
-                progress=count_only(advance),
+                progress=lambda done, total: advance(done * len(jobs) // total, ""),
             )
         folder = self._folder / sheet.stem
         folder.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,7 @@ class TrainResult:
         family: what the base is.
         components: the base with the adapters attached and idle, on the CPU.
         adapters: the live adapters.
+        is_main_process: False in all but the first of several processes; only the first writes.
     """
 
     output_dir: Path
@@ -63,6 +66,7 @@ class TrainResult:
     family: ModelFamily
     components: Components
     adapters: AdapterSet
+    is_main_process: bool
 
 
 @dataclass
@@ -88,6 +92,11 @@ class _Loop:
     validation: Ratio | None = None
 
 
+def is_main_process() -> bool:
+    """Whether this is the only or the first process, by the variable that every launcher sets."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def train(run: Run, reporter: Reporter | None = None) -> TrainResult:
     """Train `run`, or go on with it where its output folder stopped.
 
@@ -97,8 +106,10 @@ def train(run: Run, reporter: Reporter | None = None) -> TrainResult:
         NumericError: when a loss or gradient is not finite; checkpoints hold the last good state.
     """
     run.output_dir.mkdir(parents=True, exist_ok=True)
-    with hold(run.output_dir), stop_on_signal() as stop:
-        loop = _prepare(run, reporter or Reporter())
+    # keep: of several processes only the first owns the folder; the others read it.
+    owned = hold(run.output_dir) if is_main_process() else nullcontext()
+    with owned, stop_on_signal() as stop:
+        loop = _prepare(run, (reporter if is_main_process() else None) or Reporter())
         if loop.sheets:
             loop.sheets.render(0, loop.reporter, only_if_missing=True)
         _loop(loop, stop)
@@ -151,10 +162,15 @@ def _prepare(run: Run, reporter: Reporter) -> _Loop:
         Validator(probe, collator, objective, quantiles=run.validation.quantiles, seed=run.train.seed)
         if run.validation.every else None,
         SampleSheets(run.samples, family, components, adapters, cut.resolution, run.output_dir / "samples", device)
-        if run.samples.prompts else None,
+        if run.samples.prompts and accelerator.is_main_process else None,
         accelerator, reporter, TrainState(step=0, samples_seen=0, epoch=0, seconds=0.0), documents,
     )  # fmt: skip
-    plan.show(reporter, run, family, components, cut, pictures, adapters, optimizer, sampler, accelerator, dtype)
+    rows = [("Base model", f"{components.source} ({family.name}), {dtype} on {device.type}")]
+    rows += [*plan.data_rows(run, cut, pictures), *plan.adapter_rows(run, adapters)]
+    reporter.table("Plan", [*rows, *plan.step_rows(run, sampler, accelerator.num_processes, optimizer)])
+    plan.tell_problems(reporter, pictures)
+    for note in optimizer.notes:
+        reporter.warn(note)
     if found is not None:
         for line in found.skipped:
             reporter.warn(line)
@@ -253,7 +269,7 @@ def _agreed(stop: StopRequest, accelerator: Accelerator) -> bool:
     if accelerator.num_processes == 1:
         return stop.signal is not None
     asked = torch.tensor([float(stop.signal is not None)], device=accelerator.device)
-    return bool(accelerator.reduce(asked, "sum").item())  # type: ignore[union-attr]
+    return bool(accelerator.reduce(asked, "sum").item())
 
 
 def _save(loop: _Loop) -> None:
@@ -297,7 +313,7 @@ def _finish(loop: _Loop) -> TrainResult:
         module.to("cpu").eval()
     return TrainResult(
         run.output_dir, file, loop.state.step, loop.state.seconds, loop.validation, loop.family, loop.components,
-        loop.adapters,
+        loop.adapters, loop.accelerator.is_main_process,
     )  # fmt: skip
 
 
@@ -340,6 +356,6 @@ class _Meter:
                 ],
             )
         seconds = (time.perf_counter() - self._started) / self._steps
-        loss, norm = (self._accelerator.reduce(self._sums, "mean") / self._steps).tolist()  # type: ignore[union-attr, operator]
+        loss, norm = (self._accelerator.reduce(self._sums, "mean") / self._steps).tolist()
         self._clear()
         return {"loss": loss, "grad_norm": norm, "seconds_per_step": seconds}

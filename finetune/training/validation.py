@@ -70,7 +70,8 @@ class Validator:
         model.eval()
         with torch.no_grad():
             rows = [
-                batch_losses(model, self._objective, batch.to(accelerator.device), accelerator) for batch in self._batches
+                batch_losses(model, self._objective, batch.to(accelerator.device), accelerator)
+                for batch in self._batches
             ]
         model.train(training)
         return torch.stack(rows).double().cpu()
@@ -100,7 +101,7 @@ def _questions(picture: Picture, collator: Collator, quantiles: int, seed: int) 
     shape = (quantiles, *latents.mean.shape)
     conditioning, tokens = collator.describe([picture.captions[0]] * quantiles)
     return Batch(
-        latents=Latents(latents.mean.expand(shape), latents.std.expand(shape)),
+        latents=Latents(latents.mean.expand(shape).contiguous(), latents.std.expand(shape).contiguous()),
         latent_noise=torch.zeros(shape),
         noise=torch.randn(shape, generator=rng(seed, "validation noise", picture.key)),
         quantiles=(torch.arange(quantiles) + 0.5) / quantiles,

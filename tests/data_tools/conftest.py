@@ -32,7 +32,14 @@ def draw() -> Draw:
 def save(tmp_path: Path, draw: Draw) -> Save:
     """save("a/b.png", width, height, tint, caption="...", **options) under tmp_path; returns the path."""
 
-    def make(name: str, width: int = 48, height: int = 32, tint: int = 0, caption: str | None = None, **options: Any) -> Path:
+    def make(
+        name: str,
+        width: int = 48,
+        height: int = 32,
+        tint: int = 0,
+        caption: str | None = None,
+        **options: Any,
+    ) -> Path:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         draw(width, height, tint).save(path, **options)

@@ -13,10 +13,23 @@ from data_tools.errors import DataToolsError, UsageError
 from data_tools.records import ImageRecord
 
 # SDXL paper, arXiv:2307.01952, appendix I: (height, width)
-SDXL = [(512, 2048), (512, 1984), (512, 1920), (512, 1856), (576, 1792), (576, 1728), (576, 1664), (640, 1600), (640, 1536),
-        (704, 1472), (704, 1408), (704, 1344), (768, 1344), (768, 1280), (832, 1216), (832, 1152), (896, 1152), (896, 1088),
-        (960, 1088), (960, 1024), (1024, 1024)]  # fmt: skip
-SETTINGS = [(64, 8), (64, 16), (64, 64), (128, 8), (512, 64), (512, 8), (768, 64), (1024, 64), (1024, 16), (1000, 64)]
+SDXL = [
+    (512, 2048), (512, 1984), (512, 1920), (512, 1856), (576, 1792), (576, 1728), (576, 1664),
+    (640, 1600), (640, 1536), (704, 1472), (704, 1408), (704, 1344), (768, 1344), (768, 1280),
+    (832, 1216), (832, 1152), (896, 1152), (896, 1088), (960, 1088), (960, 1024), (1024, 1024),
+]  # fmt: skip
+SETTINGS = [
+    (64, 8),
+    (64, 16),
+    (64, 64),
+    (128, 8),
+    (512, 64),
+    (512, 8),
+    (768, 64),
+    (1024, 64),
+    (1024, 16),
+    (1000, 64),
+]
 sides = st.integers(1, 6000)
 
 
@@ -30,7 +43,9 @@ def test_buckets_keep_the_area_within_a_step(resolution, multiple):
         assert height % multiple == width % multiple == 0
         assert height * width <= resolution**2 and (width, height) in sizes
         assert resolution / 2 <= max(height, multiple) and max(height, width) <= 2 * resolution
-        assert (min(height, width) + multiple) * max(height, width) > resolution**2 or max(height, width) == min(height, width)
+        assert (min(height, width) + multiple) * max(height, width) > resolution**2 or max(
+            height, width
+        ) == min(height, width)
 
 
 def test_1024_gives_the_sizes_sdxl_was_trained_on():
@@ -42,7 +57,9 @@ def test_1024_gives_the_sizes_sdxl_was_trained_on():
 
 def test_512_gives_kohyas_list():
     """People compare with what they know."""
-    assert {(512, 512), (448, 576), (384, 640), (320, 768), (256, 1024), (1024, 256)} <= set(make_buckets(512, 64))
+    assert {(512, 512), (448, 576), (384, 640), (320, 768), (256, 1024), (1024, 256)} <= set(
+        make_buckets(512, 64)
+    )
 
 
 def test_tiny_resolutions_have_buckets():
@@ -61,7 +78,7 @@ def test_sizes_that_leave_no_bucket_are_refused(arguments):
 @settings(max_examples=400, deadline=None)
 @given(sides, sides, st.sampled_from(SETTINGS), st.booleans())
 def test_every_placement_is_sound(width, height, setting, upscale):
-    """For any picture: a bucket within the area, covered by the resize, cut from inside it, never enlarged unasked."""
+    """For any picture: a bucket within the area, cut from inside a resize that covers it, not enlarged."""
     sizes = make_buckets(*setting)
     try:
         placement = assign(width, height, sizes, upscale=upscale, multiple=setting[1])
@@ -72,8 +89,11 @@ def test_every_placement_is_sound(width, height, setting, upscale):
     assert tall % setting[1] == wide % setting[1] == 0 and tall * wide <= setting[0] ** 2
     assert resize[0] >= tall and resize[1] >= wide and (resize[0] == tall or resize[1] == wide)
     assert 0 <= top <= resize[0] - tall and 0 <= left <= resize[1] - wide
+    assert (top, left) == ((resize[0] - tall) // 2, (resize[1] - wide) // 2)
     assert abs(resize[0] * width - resize[1] * height) <= max(width, height)
-    assert abs(placement.lost - (1 - tall * wide / (resize[0] * resize[1]))) < 1e-12 and 0 <= placement.lost < 1
+    assert (
+        abs(placement.lost - (1 - tall * wide / (resize[0] * resize[1]))) < 1e-12 and 0 <= placement.lost < 1
+    )
     if upscale:
         assert placement.bucket in sizes
     else:
@@ -117,7 +137,11 @@ def test_small_pictures_get_a_bucket_of_their_own_size():
 
 def test_pictures_below_one_step_are_refused_all_by_name():
     """Training cannot show them at all; every one is named."""
-    records = [ImageRecord("a.png", 63, 900, ("x",)), ImageRecord("b.png", 900, 900, ("x",)), ImageRecord("c.png", 9, 9, ("x",))]
+    records = [
+        ImageRecord("a.png", 63, 900, ("x",)),
+        ImageRecord("b.png", 900, 900, ("x",)),
+        ImageRecord("c.png", 9, 9, ("x",)),
+    ]
     with pytest.raises(DataToolsError, match=r"a\.png: .*63 x 900(.|\n)*c\.png") as caught:
         place(records, make_buckets(512, 64))
     assert "b.png" not in str(caught.value)
@@ -140,7 +164,9 @@ def test_cut_equals_resize_then_crop(size, draw):
     """The short way (resize only the box) must show the same picture as the one that is documented."""
     image, placement = draw(*size), assign(*size, make_buckets(64, 8))
     (tall, wide), (top, left) = placement.bucket, placement.crop_top_left
-    long_way = image.resize(placement.resize[::-1], Image.Resampling.LANCZOS).crop((left, top, left + wide, top + tall))
+    long_way = image.resize(placement.resize[::-1], Image.Resampling.LANCZOS).crop(
+        (left, top, left + wide, top + tall)
+    )
     assert np.abs(np.asarray(cut(image, placement)).astype(int) - np.asarray(long_way)).max() <= 6
 
 

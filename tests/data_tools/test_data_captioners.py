@@ -45,7 +45,10 @@ def test_auto_takes_sidecar_then_folder_then_template(tmp_path, save):
     save("c.png", tint=3)
     result = scan(tmp_path, template="a photo of {stem}")
     assert [(r.captions, r.source, r.repeats) for r in result.records] == [
-        (("my own words",), "sidecar", 10), (("sks dog",), "kohya folder", 10), (("a photo of c",), "template", 1)]
+        (("my own words",), "sidecar", 10),
+        (("sks dog",), "kohya folder", 10),
+        (("a photo of c",), "template", 1),
+    ]
     assert "10 repeats of 'sks dog'" in told(result, "note")
     assert "kohya's trainers would skip it" in told(result, "warning")
 
@@ -59,8 +62,17 @@ def test_without_any_caption_the_error_says_what_to_do(tmp_path, save):
     assert scan(tmp_path, captions="filename").records[0].captions == ("a sunny day",)
 
 
-@pytest.mark.parametrize("name, words", [("sks_dog-on grass (2)", "sks dog on grass"), ("a cat 01", "a cat"),
-                                         ("IMG_2034", None), ("0012", None), ("DSCF1", None), ("PXL_2024", None)])
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("sks_dog-on grass (2)", "sks dog on grass"),
+        ("a cat 01", "a cat"),
+        ("IMG_2034", None),
+        ("0012", None),
+        ("DSCF1", None),
+        ("PXL_2024", None),
+    ],
+)
 def test_filename_captions_drop_counters_and_refuse_camera_names(tmp_path, save, name, words):
     """A counter is no word, and a camera's name describes nothing."""
     save(f"{name}.png")
@@ -103,8 +115,16 @@ def test_two_sidecars_must_agree_and_a_shared_one_is_told(tmp_path, save):
     assert "is the caption of 2 pictures" in told(result, "warning")
 
 
-@pytest.mark.parametrize("data", ["naïve ☃".encode("utf-8-sig"), "naïve ☃".encode("utf-16"), "naïve ☃\r\n".encode(),
-                                  b"\xfe\xff" + "naïve ☃".encode("utf-16-be"), "naïve ☃".encode("utf-32")])
+@pytest.mark.parametrize(
+    "data",
+    [
+        "naïve ☃".encode("utf-8-sig"),
+        "naïve ☃".encode("utf-16"),
+        "naïve ☃\r\n".encode(),
+        b"\xfe\xff" + "naïve ☃".encode("utf-16-be"),
+        "naïve ☃".encode("utf-32"),
+    ],
+)
 def test_byte_order_marks_are_read_and_removed(tmp_path, save, data):
     """A mark that stays becomes a token of its own; peers train on it."""
     save("a.png")
@@ -112,11 +132,17 @@ def test_byte_order_marks_are_read_and_removed(tmp_path, save, data):
     assert scan(tmp_path).records[0].captions == ("naïve ☃",)
 
 
-@pytest.mark.parametrize("data, words", [
-    (b"fine\nna\xefve", ("line 2", "byte 8", "0xef")), (b"a\r\nb\0c", ("line 2", "byte 5", "NUL")),
-    ("x".encode("utf-16")[:-1], ("line 1", "byte 3", "UTF-16")), (b"a \x1b[31m", ("control character U+001B",)),
-    (b"a cat <|endoftext|> on a mat", ("<|endoftext|>",)), (b"x" * (2**20 + 1), ("1,048,577 bytes",)),
-])
+@pytest.mark.parametrize(
+    "data, words",
+    [
+        (b"fine\nna\xefve", ("line 2", "byte 8", "0xef")),
+        (b"a\r\nb\0c", ("line 2", "byte 5", "NUL")),
+        ("x".encode("utf-16")[:-1], ("line 1", "byte 3", "UTF-16")),
+        (b"a \x1b[31m", ("control character U+001B",)),
+        (b"a cat <|endoftext|> on a mat", ("<|endoftext|>",)),
+        (b"x" * (2**20 + 1), ("1,048,577 bytes",)),
+    ],
+)
 def test_captions_that_cannot_be_read_name_the_place(tmp_path, save, data, words):
     """Latin-1, NUL, half a UTF-16 character: file, line and byte, so that an editor can go there."""
     save("a.png")
@@ -145,9 +171,18 @@ def test_any_bytes_are_captions_or_refused(data):
         assert captions and all(caption == caption.strip() and "\n" not in caption for caption in captions)
 
 
-@pytest.mark.parametrize("template, word", [
-    ("a {name}", "not known"), ("a {stem.__class__}", "not known"), ("a {", "cannot be read"), ("a {stem!r}", "not known"),
-    ("a {stem:>900000000}", "not known"), ("  ", "empty"), ("a {}", "not known")])
+@pytest.mark.parametrize(
+    "template, word",
+    [
+        ("a {name}", "not known"),
+        ("a {stem.__class__}", "not known"),
+        ("a {", "cannot be read"),
+        ("a {stem!r}", "not known"),
+        ("a {stem:>900000000}", "not known"),
+        ("  ", "empty"),
+        ("a {}", "not known"),
+    ],
+)
 def test_templates_that_cannot_be_filled_are_refused(tmp_path, save, template, word):
     """A format string can read attributes and fill memory; only the documented blanks are filled."""
     save("a.png")
@@ -162,12 +197,19 @@ def test_template_blanks(tmp_path, save):
     save("two.png", tint=2)
     result = scan(tmp_path, captions="template", template="{{a}} {folder}, {stem} {number}\nplain")
     assert [r.captions for r in result.records] == [
-        ("{a} red car, one 1", "plain"), (f"{{a}} {tmp_path.name}, two 2", "plain")]
+        ("{a} red car, one 1", "plain"),
+        (f"{{a}} {tmp_path.name}, two 2", "plain"),
+    ]
 
 
-@pytest.mark.parametrize("options, word", [({"captions": "magic"}, "choose one of auto, sidecar"),
-                                           ({"captions": "template"}, "needs a template"),
-                                           ({"captions": "sidecar", "template": "x"}, "never uses it")])
+@pytest.mark.parametrize(
+    "options, word",
+    [
+        ({"captions": "magic"}, "choose one of auto, sidecar"),
+        ({"captions": "template"}, "needs a template"),
+        ({"captions": "sidecar", "template": "x"}, "never uses it"),
+    ],
+)
 def test_choices_that_cannot_be_followed_are_refused(tmp_path, save, options, word):
     """An option that would be ignored is a mistake to be told, not to be passed over."""
     save("a.png")
@@ -189,7 +231,9 @@ def test_metadata_wins_and_a_differing_sidecar_is_told(tmp_path, save):
     save("a.png", caption="edited later")
     rows(tmp_path, {"file_name": "a.png", "text": "from the row", "repeats": 3, "role": "class"})
     result = scan(tmp_path)
-    assert [(r.captions, r.source, r.repeats, r.role) for r in result.records] == [(("from the row",), "metadata", 3, "class")]
+    assert [(r.captions, r.source, r.repeats, r.role) for r in result.records] == [
+        (("from the row",), "metadata", 3, "class")
+    ]
     assert "--captions sidecar --write" in told(result, "warning")
     assert scan(tmp_path, captions="sidecar").records[0].captions == ("edited later",)
 
@@ -198,17 +242,38 @@ def test_rows_and_pictures_must_match(tmp_path, save):
     """`datasets` drops a picture without a row in silence, and takes a second row in silence."""
     save("a.png", tint=1)
     save("extra.png", tint=2)
-    rows(tmp_path, {"file_name": "a.png", "text": "x"}, {"file_name": "gone.png", "text": "x"},
-         {"file_name": "./a.png", "text": "y"}, {"file_name": "A.png", "text": "y"})
+    rows(
+        tmp_path,
+        {"file_name": "a.png", "text": "x"},
+        {"file_name": "gone.png", "text": "x"},
+        {"file_name": "./a.png", "text": "y"},
+        {"file_name": "A.png", "text": "y"},
+    )
     result = scan(tmp_path)
     assert [r.file_name for r in result.records] == ["a.png"]
-    for words in ("extra.png: has no row", "line 2: names 'gone.png'; there is no such picture",
-                  "line 3: names a.png again, after metadata.jsonl line 1", "but the file is called 'a.png'"):
+    for words in (
+        "extra.png: has no row",
+        "line 2: names 'gone.png'; there is no such picture",
+        "line 3: names a.png again, after metadata.jsonl line 1",
+        "but the file is called 'a.png'",
+    ):
         assert words in told(result, "error"), words
 
 
-@pytest.mark.parametrize("name", ["../secret.png", "/etc/secret.png", "http://host/a.png", "sub/../../secret.png",
-                                  "C:\\secret.png", "..\\secret.png", "", 7, "a\0.png"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../secret.png",
+        "/etc/secret.png",
+        "http://host/a.png",
+        "sub/../../secret.png",
+        "C:\\secret.png",
+        "..\\secret.png",
+        "",
+        7,
+        "a\0.png",
+    ],
+)
 def test_rows_cannot_lead_out_of_the_folder(tmp_path, save, name):
     """Metadata from a stranger must not pull other files of this machine into training."""
     save("data/a.png")
@@ -216,21 +281,30 @@ def test_rows_cannot_lead_out_of_the_folder(tmp_path, save, name):
     rows(tmp_path / "data", {"file_name": "a.png", "text": "x"}, {"file_name": name, "text": "leak"})
     result = scan(tmp_path / "data")
     assert [r.file_name for r in result.records] == ["a.png"]
-    assert "line 2: names" in told(result, "error") and "only files inside the folder" in told(result, "error")
+    assert "line 2: names" in told(result, "error") and "only files inside the folder" in told(
+        result, "error"
+    )
 
 
-@pytest.mark.parametrize("row, words", [
-    ('{"file_name": "a.png", "text": "x', ("metadata.jsonl line 2, column", "not JSON")), ("[1]", ("holds list",)),
-    ({"text": "x"}, ("line 2: has no file_name",)), ({"file_name": "a.png"}, ("has no text",)),
-    ({"file_name": "a.png", "text": None}, ("null",)), ({"file_name": "a.png", "text": 5}, ("int, not text",)),
-    ({"file_name": "a.png", "text": "x", "repeats": 0}, ("repeats 0",)), ("[" * 100_000, ("not ",)),
-    ({"file_name": "a.png", "text": "x", "repeats": True}, ("repeats True",)),
-    ({"file_name": "a.png", "text": "x", "role": "style"}, ("role 'style'", "instance and class")),
-    ('{"file_name": "a.png", "text": "x", "repeats": ' + "9" * 5000 + "}", ("not ",)),
-    ({"file_name": "a.png", "text": "\x1b[31mred"}, ("control character",)),
-])
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ('{"file_name": "a.png", "text": "x', ("metadata.jsonl line 2, column", "not JSON")),
+        ("[1]", ("holds list",)),
+        ({"text": "x"}, ("line 2: has no file_name",)),
+        ({"file_name": "a.png"}, ("has no text",)),
+        ({"file_name": "a.png", "text": None}, ("null",)),
+        ({"file_name": "a.png", "text": 5}, ("int, not text",)),
+        ({"file_name": "a.png", "text": "x", "repeats": 0}, ("repeats 0",)),
+        ("[" * 100_000, ("not ",)),
+        ({"file_name": "a.png", "text": "x", "repeats": True}, ("repeats True",)),
+        ({"file_name": "a.png", "text": "x", "role": "style"}, ("role 'style'", "instance and class")),
+        ('{"file_name": "a.png", "text": "x", "repeats": ' + "9" * 5000 + "}", ("not ",)),
+        ({"file_name": "a.png", "text": "\x1b[31mred"}, ("control character",)),
+    ],
+)
 def test_rows_that_cannot_be_used_name_line_and_column(tmp_path, save, row, words):
-    """"Row 1 is broken" helps nobody with ten thousand rows."""
+    """ "Row 1 is broken" helps nobody with ten thousand rows."""
     save("a.png", tint=1)
     save("b.png", tint=2)
     rows(tmp_path, {"file_name": "b.png", "text": "fine"}, row)
@@ -263,7 +337,11 @@ def test_lists_and_lines_in_a_row_are_several_captions(tmp_path, save):
     """One rule for all places: a line is a caption."""
     save("a.png", tint=1)
     save("b.png", tint=2)
-    rows(tmp_path, {"file_name": "a.png", "text": ["one", "two"]}, {"file_name": "b.png", "caption": "one\ntwo"})
+    rows(
+        tmp_path,
+        {"file_name": "a.png", "text": ["one", "two"]},
+        {"file_name": "b.png", "caption": "one\ntwo"},
+    )
     assert [r.captions for r in scan(tmp_path).records] == [("one", "two")] * 2
 
 

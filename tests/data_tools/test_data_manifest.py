@@ -1,4 +1,4 @@
-"""The manifest: what is written is read back whole, other libraries read it too, and a folder that moved on is noticed."""
+"""The manifest: what is written is read back whole, by others too; a folder that moved on is noticed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from data_tools.scan import scan
 def written(tmp_path, save):
     """A folder of three captioned pictures in two levels, with its manifest."""
     save("a.png", 48, 32, 1, caption="first\nsecond")
-    save("5_red \"car\" 😀/b.jpg", 32, 48, 2)
+    save('5_red "car" 😀/b.jpg', 32, 48, 2)
     save("c.webp", 40, 40, 3, caption="")
     result = scan(tmp_path)
     manifest.write(tmp_path, result.records)
@@ -60,14 +60,22 @@ def test_datasets_loads_it_as_an_imagefolder(written, monkeypatch, tmp_path_fact
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     datasets = pytest.importorskip("datasets")
     folder, records = written
-    data = datasets.load_dataset("imagefolder", data_dir=str(folder), split="train",
-                                 cache_dir=str(tmp_path_factory.mktemp("cache")))
+    data = datasets.load_dataset(
+        "imagefolder", data_dir=str(folder), split="train", cache_dir=str(tmp_path_factory.mktemp("cache"))
+    )
     seen = {row["sha256"]: row for row in data}
     assert len(seen) == len(records) == 3
     for record in records:
         row = seen[record.sha256]
-        assert row["text"] == "\n".join(record.captions) and row["image"].size == (record.width, record.height)
-        assert (row["repeats"], row["role"], row["notes"]) == (record.repeats, "instance", "; ".join(record.notes))
+        assert row["text"] == "\n".join(record.captions) and row["image"].size == (
+            record.width,
+            record.height,
+        )
+        assert (row["repeats"], row["role"], row["notes"]) == (
+            record.repeats,
+            "instance",
+            "; ".join(record.notes),
+        )
 
 
 def test_datasets_loads_masks_as_a_second_picture(tmp_path, save, tmp_path_factory):
@@ -79,25 +87,41 @@ def test_datasets_loads_masks_as_a_second_picture(tmp_path, save, tmp_path_facto
     save("mask.png", tint=3)
     manifest.write(tmp_path, [replace(records[0], mask_file="mask.png"), records[1]])
     assert [record.mask_file for record in manifest.read(tmp_path)] == ["mask.png", None]
-    data = datasets.load_dataset("imagefolder", data_dir=str(tmp_path), split="train",
-                                 cache_dir=str(tmp_path_factory.mktemp("cache")))
+    data = datasets.load_dataset(
+        "imagefolder", data_dir=str(tmp_path), split="train", cache_dir=str(tmp_path_factory.mktemp("cache"))
+    )
     assert data[0]["mask"].size == (48, 32) and data[1]["mask"] is None
 
 
 def test_read_lists_everything_that_does_not_fit_at_once(written, save):
-    """Row without file, file without row, second row, way out, changed bytes, broken line: one run shows all."""
+    """Row without file, file without row, second row, way out, changed bytes, broken line: all in one run."""
     folder, _ = written
     save("new.png", tint=9)
     save("c.webp", 40, 40, 4)
-    edit(folder, lambda lines: [lines[1], lines[2], lines[2], {**lines[0], "file_name": "gone.png"},
-                                {**lines[0], "file_name": "../a.png"}, {**lines[1], "file_name": "a.png", "width": "wide"}])
+    edit(
+        folder,
+        lambda lines: [
+            lines[0],
+            lines[2],
+            lines[2],
+            {**lines[0], "file_name": "gone.png"},
+            {**lines[0], "file_name": "../a.png"},
+            {**lines[1], "file_name": "a.png", "width": "wide"},
+        ],
+    )
     with (folder / "metadata.jsonl").open("a") as file:
         file.write('{"file_name": \n')
     with pytest.raises(DataToolsError) as caught:
         manifest.read(folder)
-    for words in ("new.png: has no row", "line 3: names c.webp again", "gone.png'; there is no such", "'../a.png'",
-                  "c.webp: has changed since it was scanned", "a.png (metadata.jsonl line 6): has no usable width",
-                  "line 7, column"):
+    for words in (
+        "new.png: has no row",
+        "line 3: names c.webp again",
+        "gone.png'; there is no such",
+        "'../a.png'",
+        "c.webp: has changed since it was scanned",
+        "a.png (metadata.jsonl line 6): has no usable width",
+        "line 7, column",
+    ):
         assert words in str(caught.value), words
     assert caught.value.exit_code == 3
 

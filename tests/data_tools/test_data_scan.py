@@ -41,8 +41,15 @@ def nasty_folder(tmp_path, save, draw):
     save("sub dir/ünï 😀 'q'.jpg", 48, 64, 2, caption="deep")
     save("lying.png", 40, 40, 3, caption="a webp", format="WEBP")
     save("UPPER.PNG", 40, 44, 4, caption="upper")
-    for name, data in [("empty.png", b""), ("page.png", b"<html>not found</html>"), ("notes.psd", b"x"),
-                       (".DS_Store", b"x"), ("tiny.gif", None), ("half.jpg", None), ("orphan.txt", b"who?")]:
+    for name, data in [
+        ("empty.png", b""),
+        ("page.png", b"<html>not found</html>"),
+        ("notes.psd", b"x"),
+        (".DS_Store", b"x"),
+        ("tiny.gif", None),
+        ("half.jpg", None),
+        ("orphan.txt", b"who?"),
+    ]:
         (tmp_path / name).write_bytes(data or b"")
     draw(4, 4).save(tmp_path / "tiny.gif")
     whole = save("whole.jpg", 200, 200, 5).read_bytes()
@@ -64,10 +71,16 @@ def test_nothing_is_dropped_in_silence(tmp_path, save, draw):
     sidecars = {name.rsplit(".", 1)[0] + ".txt" for name in usable}
     assert files - set(usable) - sidecars - told == {".hidden/secret.png"} and ".hidden" in told
     assert all(problem.what and problem.why and problem.remedy for problem in result.problems)
-    for name, severity, word in [("empty.png", "error", "empty"), ("page.png", "error", "<html>"),
-                                 ("tiny.gif", "error", "4 x 4"), ("half.jpg", "error", "truncated"),
-                                 ("naked.png", "error", "--template"), ("orphan.txt", "warning", "without a picture"),
-                                 ("notes.psd", "note", ".psd"), (".DS_Store", "note", "hidden")]:
+    for name, severity, word in [
+        ("empty.png", "error", "empty"),
+        ("page.png", "error", "<html>"),
+        ("tiny.gif", "error", "4 x 4"),
+        ("half.jpg", "error", "truncated"),
+        ("naked.png", "error", "--template"),
+        ("orphan.txt", "warning", "without a picture"),
+        ("notes.psd", "note", ".psd"),
+        (".DS_Store", "note", "hidden"),
+    ]:
         assert word in about(result, name, severity), name
 
 
@@ -77,7 +90,9 @@ def test_all_errors_are_raised_at_once(tmp_path, save, draw):
     with pytest.raises(DataToolsError, match="5 errors, 4 usable") as caught:
         scan(tmp_path).raise_for_errors()
     assert caught.value.exit_code == 3
-    assert all(name in str(caught.value) for name in ("empty.png", "page.png", "tiny.gif", "half.jpg", "naked.png"))
+    assert all(
+        name in str(caught.value) for name in ("empty.png", "page.png", "tiny.gif", "half.jpg", "naked.png")
+    )
 
 
 def test_order_and_content_do_not_depend_on_workers(tmp_path, save):
@@ -104,8 +119,13 @@ def test_a_pipe_named_like_a_picture_is_listed_not_opened(tmp_path, save):
     save("a.png", caption="x")
     os.mkfifo(tmp_path / "pipe.png")
     os.mkfifo(tmp_path / "a.caption")
-    code = "import sys, pathlib; from data_tools.scan import scan; [print(p) for p in scan(pathlib.Path(sys.argv[1])).problems]"
-    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=30, check=True)
+    code = (
+        "import sys, pathlib; from data_tools.scan import scan\n"
+        "for problem in scan(pathlib.Path(sys.argv[1])).problems: print(problem)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=30, check=True
+    )
     assert "pipe.png: is a named pipe" in result.stdout and "a.caption: is a named pipe" in result.stdout
 
 
@@ -167,7 +187,26 @@ def test_a_name_that_is_not_utf8_is_refused_by_name(tmp_path, save):
     except OSError:
         pytest.skip("this file system only takes UTF-8 names")
     result = scan(tmp_path)
-    assert names(result) == ["a.png"] and any("not UTF-8" in str(p) and "\\udcff" in str(p) for p in result.problems)
+    assert names(result) == ["a.png"] and any(
+        "not UTF-8" in str(p) and "\\udcff" in str(p) for p in result.problems
+    )
+
+
+@pytest.mark.parametrize(
+    "name, told",
+    [
+        ("test_01.png", True),
+        ("10_test dog/a.png", True),
+        ("contest.png", False),
+        ("a train.png", True),
+        ("latest_dev_b.png", True),
+        ("values.png", False),
+    ],
+)
+def test_names_that_other_loaders_take_for_splits_are_told(tmp_path, save, name, told):
+    """`datasets` loads only test_01.png of such a folder, and without its caption."""
+    save(name, caption="x")
+    assert ("would take it for a split" in about(scan(tmp_path), name, "note")) == told
 
 
 def test_extreme_shapes_are_warned_about(tmp_path, save):
@@ -206,4 +245,9 @@ def test_composed_and_decomposed_names_sort_alike(tmp_path, save):
     save(unicodedata.normalize("NFC", "é2.png"), tint=2, caption="y")
     save("f.png", tint=3, caption="z")
     save("e.png", tint=4, caption="z")
-    assert [unicodedata.normalize("NFC", name) for name in names(scan(tmp_path))] == ["e.png", "f.png", "é1.png", "é2.png"]
+    assert [unicodedata.normalize("NFC", name) for name in names(scan(tmp_path))] == [
+        "e.png",
+        "f.png",
+        "é1.png",
+        "é2.png",
+    ]

@@ -47,7 +47,8 @@ def test_noise_and_velocity_equal_diffusers(batch: Batch, zero_terminal_snr: boo
     """The model saw this noise when it was trained."""
     x0, noise, u = batch
     config = {**SD15, "prediction_type": "v_prediction", "rescale_betas_zero_snr": zero_terminal_snr}
-    objective, scheduler = build_objective(config), DDPMScheduler(**config)
+    objective = build_objective(config)
+    scheduler: Any = DDPMScheduler(**config)
     timesteps = objective.timesteps(u)
     torch.testing.assert_close(
         objective.add_noise(x0, noise, timesteps), scheduler.add_noise(x0, noise, timesteps), rtol=0, atol=0
@@ -60,7 +61,7 @@ def test_noise_and_velocity_equal_diffusers(batch: Batch, zero_terminal_snr: boo
 def test_flow_noise_equals_diffusers(batch: Batch) -> None:
     """Flow's x_t = (1 - s) x_0 + s noise, at the scheduler's own shifted levels."""
     x0, noise, _ = batch
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=3.0)
     timesteps = scheduler.timesteps[torch.tensor([0, 100, 300, 500, 700, 900, 990, 999])]
     objective = build_objective(FLOW)
     x_t = scheduler.scale_noise(x0, timesteps, noise)

@@ -1,4 +1,4 @@
-"""Checkpoints survive kills at any moment, full disks and damaged bytes; two runs never share a folder."""
+"""Checkpoints survive kills at any moment, full disks and damaged bytes."""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from finetune.errors import BusyError, CheckpointError, StorageError
+from finetune.errors import CheckpointError, StorageError
 from finetune.training.checkpoint import TrainState, latest_checkpoint, save_checkpoint
-from finetune.training.lock import hold
 
 FILES = [
     "adapter.safetensors",
@@ -45,7 +44,14 @@ def weights_at(step: int) -> Tensor:
     return weights
 
 
-def save(folder: Path, step: int, keep: int = 2, weights: Tensor | None = None) -> Path:
+def state_at(step: int) -> TrainState:
+    return TrainState(step, samples_seen=4 * step, epoch=step // 3, seconds=0.5 * step)
+
+
+def save(
+    folder: Path, step: int, keep: int = 2, weights: Tensor | None = None, small: bool = False
+) -> Path:
+    """A checkpoint of `weights`; `small` leaves out what has no part in a test of many saves."""
     weights = weights_at(step) if weights is None else weights
     tensors = {
         "adapter": {"unet.lora_A.weight": weights, "unet.lora_B.weight": weights.bfloat16()},
@@ -53,17 +59,20 @@ def save(folder: Path, step: int, keep: int = 2, weights: Tensor | None = None) 
         "ema": {"unet.lora_A.weight": weights / 2},
     }
     documents: dict[str, Any] = {"run": {"adapter": {"rank": 16}}, "optimizer": {"step": step}}
-    return save_checkpoint(folder, TrainState(step, 4 * step, step // 3, 0.5 * step), tensors, documents, keep)
+    if small:
+        tensors, documents = {"adapter": tensors["adapter"]}, {}
+    return save_checkpoint(folder, state_at(step), tensors, documents, keep)
 
 
 def assert_whole(folder: Path, step: int) -> None:
     """The newest checkpoint is that of `step`, and every number in it is right."""
     found = latest_checkpoint(folder)
-    assert found is not None and found.state == TrainState(step, 4 * step, step // 3, 0.5 * step)
+    assert found is not None and found.state == state_at(step)
     assert torch.equal(found.tensors["adapter"]["unet.lora_A.weight"], weights_at(step))
     assert torch.equal(found.tensors["adapter"]["unet.lora_B.weight"], weights_at(step).bfloat16())
-    assert torch.equal(found.tensors["ema"]["unet.lora_A.weight"], weights_at(step) / 2)
-    assert found.documents["optimizer"] == {"step": step}
+    if "ema" in found.tensors:
+        assert torch.equal(found.tensors["ema"]["unet.lora_A.weight"], weights_at(step) / 2)
+        assert found.documents["optimizer"] == {"step": step}
 
 
 def names(folder: Path) -> list[str]:
@@ -86,8 +95,8 @@ def in_child(work: Callable[[], None], while_running: Callable[[int], None] = la
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def intercept(before: Callable[[int, str, tuple[Any, ...]], None]) -> None:
-    """Call `before(number, name, arguments)` ahead of every system call that changes the disk; only in a child."""
+def intercept(before: Callable[[int, str, tuple[Any, ...]], None], patch: pytest.MonkeyPatch) -> None:
+    """Call `before(number, name, arguments)` ahead of every system call that changes the disk."""
     count = 0
 
     def wrap(name: str) -> Callable[..., Any]:
@@ -102,22 +111,17 @@ def intercept(before: Callable[[int, str, tuple[Any, ...]], None]) -> None:
         return call
 
     for name in SYSTEM_CALLS:
-        setattr(os, name, wrap(name))
+        patch.setattr(os, name, wrap(name))
 
 
-def calls_of_one_save(folder: Path, keep: int) -> int:
+def calls_of_one_save(folder: Path) -> int:
     """How many such calls a save in a copy of `folder` makes."""
-    copy, log = folder.with_name("dry"), folder.with_name("dry.log")
+    copy, numbers = folder.with_name("dry"), [0]
     shutil.copytree(folder, copy)
-
-    def work() -> None:
-        intercept(lambda number, name, args: log.write_text(str(number)) and None)
-        save(copy, 2, keep)
-
-    # Writing the log is not counted: write_text opens through io, not through os.
-    assert in_child(work) == 0
-    shutil.rmtree(copy)
-    return int(log.read_text())
+    with pytest.MonkeyPatch.context() as patch:
+        intercept(lambda number, name, args: numbers.append(number), patch)
+        save(copy, 2, keep=1, small=True)
+    return numbers[-1]
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -138,7 +142,8 @@ def test_nothing_there_is_none(tmp_path: Path) -> None:
 
 
 def test_order_is_by_step_never_by_time(tmp_path: Path) -> None:
-    """Clocks jump; copies get new times; 1,000,000 comes after 999,999 although it sorts before it as text."""
+    """Clocks jump; copies get new times; 1,000,000 comes after 999,999 although it sorts before it as text.
+    """
     for step in (1_000_000, 999_999, 20):
         save(tmp_path, step, keep=9, weights=torch.ones(2))
     for age, step in enumerate((1_000_000, 999_999, 20)):
@@ -188,7 +193,7 @@ def flip(path: Path) -> None:
 
 
 def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
+    path.write_bytes(path.read_bytes()[:-2])
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -254,37 +259,36 @@ def test_another_format_is_refused_not_skipped(tmp_path: Path) -> None:
         latest_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("keep", [1, 2])
-def test_killed_at_every_point_of_the_write(tmp_path: Path, keep: int) -> None:
-    """SIGKILL ahead of each system call of a save; what was not yet fsynced is torn in half, as by a power cut."""
+def test_killed_at_every_point_of_the_write(tmp_path: Path) -> None:
+    """SIGKILL ahead of each system call of a save; what was not yet fsynced is torn in half, as by a power
+    cut.
+    """
     start = tmp_path / "start"
-    save(start, 1, keep)
-    points = calls_of_one_save(start, keep)
+    save(start, 1, small=True)
+    points = calls_of_one_save(start)
     assert points > 30
     seen = []
     for point in range(1, points + 1):
-        folder = tmp_path / "run"
+        folder = tmp_path / str(point)
         shutil.copytree(start, folder)
 
         def work(point: int = point, folder: Path = folder) -> None:
             def die(number: int, name: str, args: tuple[Any, ...]) -> None:
                 if number == point:
-                    if name == "fsync" and (size := os.fstat(args[0]).st_size) and not _is_folder(args[0]):
-                        os.truncate(f"/proc/self/fd/{args[0]}", size // 2)
+                    if name == "fsync" and not _is_folder(args[0]):
+                        os.truncate(f"/proc/self/fd/{args[0]}", os.fstat(args[0]).st_size // 2)
                     os.kill(os.getpid(), signal.SIGKILL)
 
-            intercept(die)
-            save(folder, 2, keep)
+            intercept(die, pytest.MonkeyPatch())
+            save(folder, 2, keep=1, small=True)
 
         assert in_child(work) == -signal.SIGKILL, point
         found = latest_checkpoint(folder)
         assert found is not None and found.skipped == (), point
-        seen.append(found.state.step)
         assert_whole(folder, found.state.step)
-        save(folder, 2, keep)
-        assert_whole(folder, 2)
-        assert names(folder) == ["checkpoint-000001", "checkpoint-000002"][-keep:], point
-        shutil.rmtree(folder)
+        seen.append(found.state.step)
+        save(folder, 2, keep=1, small=True)
+        assert names(folder) == ["checkpoint-000002"], point
     assert seen == sorted(seen) and set(seen) == {1, 2}
 
 
@@ -295,36 +299,47 @@ def _is_folder(descriptor: int) -> bool:
 def test_killed_at_random_times(tmp_path: Path) -> None:
     """A run killed twenty times is, step for step and bit for bit, the run that was never killed."""
     draw = random.Random(0)
+    started = time.perf_counter()
+    save(tmp_path / "trial", 1)
+    seconds = time.perf_counter() - started  # a save here and now; kills fall within the first few
+    folder, (read, write) = tmp_path / "run", os.pipe()
 
     def work() -> None:
-        found = latest_checkpoint(tmp_path)
+        found = latest_checkpoint(folder)
         step = 0 if found is None else found.state.step
         weights = weights_at(0) if found is None else found.tensors["adapter"]["unet.lora_A.weight"]
+        os.write(write, b"!")
         while True:
             weights = weights * 0.9 + step
             step += 1
-            save(tmp_path, step, keep=1, weights=weights)
+            save(folder, step, keep=1, weights=weights)
 
     def kill(pid: int) -> None:
-        time.sleep(draw.uniform(0.0, 0.15))
+        os.read(read, 1)
+        time.sleep(draw.uniform(0, 4 * seconds))
         os.kill(pid, signal.SIGKILL)
 
     steps = [0]
     for _ in range(20):
         assert in_child(work, kill) == -signal.SIGKILL
-        found = latest_checkpoint(tmp_path)
+        found = latest_checkpoint(folder)
         steps.append(0 if found is None else found.state.step)
         assert found is None or found.skipped == ()
-    assert steps == sorted(steps) and steps[-1] > 5
-    assert_whole(tmp_path, steps[-1])
+    os.close(read)
+    os.close(write)
+    assert steps == sorted(steps) and steps[-1] >= 3
+    assert_whole(folder, steps[-1])
 
 
 @contextmanager
 def small_disk(folder: Path, size: int) -> Iterator[None]:
-    """Limit what can be written below `folder`: a tmpfs where mounting is allowed, else a limit on file sizes."""
+    """Limit what can be written below `folder`: a tmpfs where mounting is allowed, else a limit on file
+    sizes.
+    """
     folder.mkdir(exist_ok=True)
     options = ["-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]
-    mounted = shutil.which("mount") and subprocess.run(["mount", *options], capture_output=True).returncode == 0
+    mount = shutil.which("mount") or "false"
+    mounted = subprocess.run([mount, *options], capture_output=True, check=False).returncode == 0
     try:
         yield
     finally:
@@ -336,7 +351,7 @@ def small_disk(folder: Path, size: int) -> Iterator[None]:
 def test_full_disk_keeps_the_previous_checkpoint(tmp_path: Path, share: float) -> None:
     """Code 5 with the bytes needed and free; nothing half-written stays behind."""
     folder, large = tmp_path / "disk", torch.ones(100_000)
-    size = 400_000 + int(400_000 * share) + 200_000
+    size = 60_000 + int(800_000 * share)
     with small_disk(folder, size):
         save(folder, 1)
         if not os.path.ismount(folder):
@@ -355,8 +370,8 @@ def test_full_disk_keeps_the_previous_checkpoint(tmp_path: Path, share: float) -
 
 def test_a_file_that_cannot_grow_keeps_the_previous_checkpoint(tmp_path: Path) -> None:
     """The write itself fails at byte k, for k through the whole save."""
-    save(tmp_path, 1)
-    for limit in (0, 1, 100, 1000, 2000, 3000, 3800):
+    largest = max(file.stat().st_size for file in save(tmp_path, 1).iterdir())
+    for limit in (0, 1, 100, 1000, largest - 1):
 
         def work(limit: int = limit) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -368,33 +383,31 @@ def test_a_file_that_cannot_grow_keeps_the_previous_checkpoint(tmp_path: Path) -
 
 
 def test_an_error_at_every_call_keeps_a_whole_checkpoint(tmp_path: Path) -> None:
-    """Each system call of a save fails once with a full disk: always a StorageError or a whole checkpoint."""
+    """Each system call of a save fails once as on a full disk: a StorageError, or all is well."""
     start = tmp_path / "start"
-    save(start, 1)
-    outcomes = set()
-    for point in range(1, calls_of_one_save(start, 1) + 1):
-        folder = tmp_path / "run"
+    save(start, 1, small=True)
+    refused = 0
+    for point in range(1, calls_of_one_save(start) + 1):
+        folder = tmp_path / str(point)
         shutil.copytree(start, folder)
 
-        def work(point: int = point, folder: Path = folder) -> None:
-            def fail(number: int, name: str, args: tuple[Any, ...]) -> None:
-                if number == point:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        def fail(number: int, name: str, args: tuple[Any, ...], point: int = point) -> None:
+            if number == point:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-            intercept(fail)
-            save(folder, 2, keep=1)
-
-        code = in_child(work)
-        assert code in (0, StorageError.exit_code), point
-        outcomes.add(code)
+        wanted = 2
+        with pytest.MonkeyPatch.context() as patch:
+            intercept(fail, patch)
+            try:
+                save(folder, 2, keep=1, small=True)
+            except StorageError:
+                refused, wanted = refused + 1, 1
         found = latest_checkpoint(folder)
-        assert found is not None and found.skipped == ()
-        assert code == StorageError.exit_code or found.state.step == 2
+        assert found is not None and found.skipped == () and found.state.step >= wanted, point
         assert_whole(folder, found.state.step)
-        save(folder, 2, keep=1)
+        save(folder, 2, keep=1, small=True)
         assert names(folder) == ["checkpoint-000002"], point
-        shutil.rmtree(folder)
-    assert StorageError.exit_code in outcomes
+    assert refused > 20
 
 
 def test_the_same_step_is_written_once(tmp_path: Path) -> None:
@@ -406,70 +419,3 @@ def test_the_same_step_is_written_once(tmp_path: Path) -> None:
     truncate(path / "adapter.safetensors")
     save(tmp_path, 3)
     assert_whole(tmp_path, 3)
-
-
-def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
-    """Two runs in one folder mix their checkpoints; the message says whom to look for."""
-    with hold(tmp_path / "run"), pytest.raises(BusyError) as caught, hold(tmp_path / "run"):
-        pass
-    assert f"process {os.getpid()} on {os.uname().nodename}" in str(caught.value)
-    assert caught.value.exit_code == 7
-    with hold(tmp_path / "run"):
-        pass
-
-
-def test_a_killed_run_gives_the_folder_back_at_once(tmp_path: Path) -> None:
-    """No stale lock to delete by hand, even while a worker that the run forked is still alive."""
-    read, write = os.pipe()
-
-    def work() -> None:
-        with hold(tmp_path):
-            worker = os.fork()
-            if worker == 0:
-                time.sleep(30)
-            os.write(write, worker.to_bytes(8, "little"))
-            time.sleep(30)
-
-    workers = []
-
-    def kill(pid: int) -> None:
-        workers.append(int.from_bytes(os.read(read, 8), "little"))
-        with pytest.raises(BusyError, match=f"process {pid} on"), hold(tmp_path):
-            pass
-        os.kill(pid, signal.SIGKILL)
-
-    try:
-        assert in_child(work, kill) == -signal.SIGKILL
-        with hold(tmp_path):
-            pass
-    finally:
-        os.kill(workers[0], signal.SIGKILL)
-        os.close(read)
-        os.close(write)
-
-
-def test_fifty_starts_give_one_holder(tmp_path: Path) -> None:
-    """However many start at the same moment, exactly one runs."""
-    children = []
-    for _ in range(50):
-        pid = os.fork()
-        if pid == 0:
-            code = 99
-            try:
-                with hold(tmp_path):
-                    time.sleep(1.5)
-                    code = 0
-            except BusyError:
-                code = BusyError.exit_code
-            finally:
-                os._exit(code)
-        children.append(pid)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
-    assert sorted(codes) == [0] + [7] * 49
-
-
-def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path: Path) -> None:
-    """Said at the start, with what to do, not after the model is loaded."""
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(StorageError, match="choose another output_dir"), hold(tmp_path / "file" / "run"):
-        pass

@@ -21,7 +21,7 @@ def move(parameters: dict[str, Parameter], step: int) -> None:
     generator = torch.Generator().manual_seed(step)
     with torch.no_grad():
         for parameter in parameters.values():
-            parameter += torch.randn(parameter.shape, generator=generator)
+            parameter.add_(torch.randn(parameter.shape, generator=generator))
 
 
 @pytest.mark.parametrize("decay", [0.5, 0.9, 0.999])

@@ -1,0 +1,147 @@
+"""`finetune build`: what a CI job calls. Check, train, score, export, verify, describe, list with hashes."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune.config import Run
+from finetune.errors import ConfigError, NumericError
+from finetune.export import Exported
+from finetune.export.card import Card, write_card
+from finetune.export.manifest import write_manifest
+from finetune.export.run import export_run, exported_rows
+from finetune.run_files import dump_run
+from finetune.storage import atomic_dir, write_json
+from finetune.tracking import Reporter
+from finetune.training.trainer import TrainResult, train
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished build.
+
+    Attributes:
+        folder: everything that was built, listed with hashes in its manifest.json.
+        ratio: validation loss over the base model's.
+        error: its standard error over pictures.
+        exported: the files with their verification.
+    """
+
+    folder: Path
+    ratio: float
+    error: float
+    exported: list[Exported]
+
+    def rows(self) -> list[tuple[str, str]]:
+        """For a table."""
+        return [
+            ("Loss against the base", f"{self.ratio:.3f} +- {self.error:.3f}"),
+            *exported_rows(self.exported),
+            ("Model card", str(self.folder / "README.md")),
+            ("Files and hashes", str(self.folder / "manifest.json")),
+        ]
+
+
+def build_artifact(run: Run, output: Path, max_ratio: float, reporter: Reporter | None = None) -> Artifact:
+    """Build an adapter; `output` appears whole or not at all.
+
+    Args:
+        run: trained in its own output_dir, and resumed there when a job is repeated.
+        output: must not exist yet, or be empty.
+        max_ratio: gate: the validation loss divided by the base model's may not be above this.
+
+    Raises:
+        ConfigError: if `output` holds something, or validation is off so that there is nothing to judge by.
+        NumericError: if the gate is not passed; the run folder stays for a look, `output` is not made.
+    """
+    _check(run, output)
+    reporter = reporter or Reporter()
+    result = train(run, reporter)
+    assert result.validation is not None, "checked above: validation is on"
+    ratio, error = result.validation.value, result.validation.error
+    if not ratio <= max_ratio:
+        raise NumericError(
+            f"The gate is not passed: loss over base is {ratio:.3f} +- {error:.3f}, allowed is {max_ratio:g}.",
+            [
+                f"look at {run.output_dir / 'metrics.jsonl'} and the samples; more steps, another learning rate or a "
+                "larger rank may help; --max-ratio sets the gate"
+            ],
+        )
+    with atomic_dir(output) as folder:
+        exported = export_run(run.output_dir, run, run.export.formats, folder, reporter)
+        _papers(run, result, exported, folder)
+        write_manifest(folder)
+    final = [_moved(item, output) for item in exported]
+    return Artifact(output, ratio, error, final)
+
+
+def _check(run: Run, output: Path) -> None:
+    problems = []
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        problems.append(f"{output} already holds something; name a new folder, so that nothing old gets in")
+    if not run.validation.every:
+        problems.append("validation.every=0 leaves nothing to score by; set it to a number of steps")
+    if problems:
+        raise ConfigError("This cannot be built:", problems)
+
+
+def _papers(run: Run, result: TrainResult, exported: list[Exported], folder: Path) -> None:
+    """Score, configuration, curves, sheets and the model card."""
+    assert result.validation is not None, "the build checks that validation is on"
+    validation = result.validation
+    write_json(
+        folder / "score.json",
+        {
+            "loss_over_base": validation.value,
+            "standard_error": validation.error,
+            "bands": list(validation.bands),
+            "steps": result.steps,
+            "run_digest": run.digest(),
+            "exports": {item.format: [check.as_dict() for check in item.verification] for item in exported},
+        },
+    )
+    write_json(folder / "run.json", _without_places(run))
+    shutil.copyfile(run.output_dir / "metrics.jsonl", folder / "metrics.jsonl")
+    sheets = sorted((run.output_dir / "samples").glob("step-*.png"))
+    for sheet in sheets[:1] + sheets[1:][-1:]:
+        shutil.copyfile(sheet, folder / sheet.name)
+    files = {item.format: item.path.name for item in exported}
+    write_card(
+        folder,
+        Card(
+            title=run.export.name,
+            base=result.adapter.header.base,
+            trigger_words=result.adapter.header.trigger_words,
+            kohya_file=files.get("kohya", ""),
+            diffusers_file=files.get("diffusers", ""),
+            figures=[("validation loss over base", f"{validation.value:.3f} +- {validation.error:.3f}")],
+            training=[
+                ("steps", str(result.steps)),
+                ("rank", str(run.adapter.rank)),
+                ("learning rate", f"{run.optimizer.learning_rate:g}"),
+                ("optimizer", run.optimizer.name),
+                ("run", run.digest()[:12]),
+            ],
+            sheet=sheets[-1].name if sheets else "",
+        ),
+    )
+
+
+def _without_places(run: Run) -> dict[str, object]:
+    """The run without folders of this machine."""
+    document = dump_run(run)
+    for section, field in ((document["data"], "folder"), (document, "output_dir")):
+        section[field] = Path(section[field]).name
+    document["data"]["cache_folder"] = None
+    if document["data"]["prior"]:
+        document["data"]["prior"]["folder"] = None
+    base = Path(document["model"]["base"])
+    if base.is_absolute():
+        document["model"]["base"] = base.name
+    return document
+
+
+def _moved(item: Exported, folder: Path) -> Exported:
+    return Exported(item.format, folder / item.path.name, item.bytes, item.verification, item.rounding)

@@ -1,0 +1,107 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Teach Stable Diffusion your subject
+#
+# From a folder of pictures to an adapter file for ComfyUI, A1111, Forge, InvokeAI and diffusers, on a free Colab T4.
+#
+# Run the cells from top to bottom. If Colab disconnects, run them again: training goes on where it stopped.
+
+# %% [markdown]
+# ## 1. What to train
+#
+# Change these. The trigger is a word the model does not know; the class is what your subject is.
+
+# %% tags=["parameters"]
+BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # hub id, a diffusers folder, or "demo" for the tiny embedded base
+VARIANT = "fp16"  # None when the base has no fp16 files
+PICTURES = "/content/drive/MyDrive/photos"  # 5 to 20 pictures of your subject
+TRIGGER = "sks"
+CLASS = "dog"
+OUTPUT = "/content/drive/MyDrive/finetune/sks-dog"  # on Drive, so that a disconnect loses nothing
+STEPS = 800
+CLASS_PICTURES = 100
+INSTALL_FROM = "/content/finetune"  # a checkout of the toolkit, or a git+https address
+
+# %% [markdown]
+# ## 2. Install, once per session
+#
+# Colab's own torch is kept.
+
+# %%
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+if importlib.util.find_spec("finetune") is None:
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", INSTALL_FROM], check=True)
+if importlib.util.find_spec("google.colab") is not None and "/drive/" in PICTURES + OUTPUT:
+    from google.colab import drive
+
+    drive.mount("/content/drive")
+
+# %% [markdown]
+# ## 3. Look at the pictures before paying for training
+#
+# Everything that could go wrong is listed here: unreadable or tiny files, rotated photos, duplicates.
+
+# %%
+from data_tools.scan import scan
+
+result = scan(Path(PICTURES), captions="template", template=f"a photo of {TRIGGER} {CLASS}")
+for record in result.records:
+    print(f"{record.file_name:<32} {record.width} x {record.height}  {record.captions[0]}")
+for problem in result.problems:
+    print(f"{problem.severity}: {problem.file_name}: {problem.what}; {problem.remedy}")
+
+# %% [markdown]
+# ## 4. Train
+#
+# The recipe with your values. Every field: `finetune show sd15-dreambooth-lora`.
+
+# %%
+from finetune import exported_rows, export_run, load_run, train
+from finetune.console import ConsoleReporter
+
+overrides = {
+    "model.base": BASE,
+    "model.variant": VARIANT,
+    "data.folder": PICTURES,
+    "data.caption_template": f"a photo of {TRIGGER} {CLASS}",
+    "data.trigger": TRIGGER,
+    "data.prior.prompts": [f"a photo of a {CLASS}"],
+    "data.prior.images": CLASS_PICTURES,
+    "samples.prompts": [f"a photo of {TRIGGER} {CLASS} on a beach", f"a photo of a {CLASS} on a beach"],
+    "train.steps": STEPS,
+    "output_dir": OUTPUT,
+}
+run = load_run("sd15-dreambooth-lora", values=overrides)
+reporter = ConsoleReporter()
+trained = train(run, reporter)
+
+# %% [markdown]
+# ## 5. Look: before and after, same prompts, same seeds
+
+# %%
+from IPython.display import Image, display
+
+for sheet in sorted(Path(OUTPUT, "samples").glob("step-*.png")):
+    print(sheet.stem)
+    display(Image(filename=str(sheet)))
+print(f"validation loss over the base model's: {trained.validation.value:.3f} +- {trained.validation.error:.3f}")
+
+# %% [markdown]
+# ## 6. Export
+#
+# Each file is read back the way its readers do and compared with what was trained.
+
+# %%
+exported = export_run(run.output_dir, run, run.export.formats, run.output_dir / "exports", reporter)
+reporter.table("Ready to use", exported_rows(exported))

@@ -1,0 +1,101 @@
+"""The builder from nothing on a budget of seconds: the same code path as the real build."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from finetune.demo.autoencoder import new_autoencoder, normalise_latents, reconstruct
+from finetune.demo.build import Plan, build
+from finetune.demo.checker import load_checker
+from finetune.demo.denoiser import drawn_pictures, signal_and_noise
+from finetune.demo.loop import Settings, train
+from finetune.demo.measure import sample
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A base built in a few seconds; it draws noise, but every file is there."""
+    out = tmp_path_factory.mktemp("base")
+    build(Plan(out, out / "work", minutes=0.1, pictures=60, prompts=12, seeds=1))
+    return out
+
+
+def test_build_makes_a_pipeline_that_loads_and_draws(built):
+    pipeline = StableDiffusionPipeline.from_pretrained(built / "base", safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    assert {
+        p.dtype for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder) for p in part.parameters()
+    } == {torch.float32}
+    pictures = sample(pipeline, ["a red ball", "a sks robot"], steps=3)
+    assert pictures.shape == (2, 3, 64, 64)
+    assert torch.isfinite(pictures).all()
+
+
+def test_build_writes_card_figures_and_sheet(built):
+    figures = json.loads((built / "base" / "figures.json").read_text())
+    card = (built / "base" / "README.md").read_text()
+    assert f"{figures['autoencoder']['world']:.2f} dB" in card
+    assert (built / "base" / "samples.png").stat().st_size < 300_000
+    assert not list(built.glob("base.*"))
+
+
+def test_rare_words_are_single_tokens(built):
+    """A trigger in pieces shares its parts with other words, and teaching it would move them."""
+    tokenizer = StableDiffusionPipeline.from_pretrained(built / "base", safety_checker=None).tokenizer
+    for word in ("sks", "ohwx", "zwx", "mxv", "robot", "background"):
+        assert len(tokenizer(word).input_ids) == 3
+    assert tokenizer.model_max_length == 32
+
+
+def test_built_checker_loads_and_names_everything(built):
+    checker = load_checker(built / "checker.safetensors")
+    verdicts = checker.judge(torch.zeros(3, 3, 64, 64))
+    assert len(verdicts) == 3
+    assert abs(sum(verdicts[0].object_probabilities.values()) - 1) < 1e-4
+
+
+def test_a_finished_build_runs_again_for_free(built):
+    """Resuming must not train past the budget."""
+    before = (built / "work" / "denoiser" / "progress.json").read_text()
+    build(Plan(built, built / "work", 0.1, 60, 12, 1), only=("autoencoder", "latents", "denoiser", "checker"))
+    assert (built / "work" / "denoiser" / "progress.json").read_text() == before
+
+
+def test_normalised_latents_have_unit_variance_and_the_same_pictures():
+    """The fold must be exact: scaling_factor 1 is only honest if latents are normal and pictures unchanged."""
+    vae = new_autoencoder().eval()
+    pictures = drawn_pictures(12, range(24), 0.5, 0.0)
+    before = reconstruct(vae, pictures)
+    normalise_latents(vae, pictures)
+    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        latents = vae.encode(pixels).latent_dist.mean
+    assert np.abs(before.astype(int) - reconstruct(vae, pictures)).max() <= 2
+    assert torch.allclose(latents.std((0, 2, 3)), torch.ones(8), atol=0.05)
+    assert torch.allclose(latents.mean((0, 2, 3)), torch.zeros(8), atol=0.05)
+
+
+def test_schedule_ends_in_noise():
+    """Layout and background are decided from the text only if the last level hides the picture."""
+    alpha, sigma = signal_and_noise()
+    assert float(alpha[-1]) ** 2 < 1e-4
+    assert torch.allclose(alpha**2 + sigma**2, torch.ones(1000))
+
+
+def test_loop_resumes_where_it_stopped(tmp_path):
+    """Twice a part of the budget must leave one optimizer history, not two."""
+    module = torch.nn.Linear(3, 1)
+
+    def loss_of(share, rng, generator):
+        return (module(torch.ones(4, 3)) - 1).square().mean()
+
+    train(module, Settings(tmp_path, minutes=0.005, batch=4, learning_rate=0.01), loss_of)
+    first = json.loads((tmp_path / "progress.json").read_text())
+    progress = train(module, Settings(tmp_path, minutes=0.01, batch=4, learning_rate=0.01), loss_of)
+    assert progress.step > first["step"] > 0
+    assert progress.seconds > first["seconds"]

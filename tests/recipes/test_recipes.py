@@ -1,0 +1,74 @@
+"""Recipes and notebooks run as they are shown."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jupytext
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from finetune.run_files import recipe_names
+from tests.conftest import ROOT
+
+NOTEBOOKS = sorted((ROOT / "recipes" / "notebooks").glob("*.py"))
+
+
+def test_accelerate_launch_runs_a_recipe(tiny_base, pictures, tmp_path):
+    """The way the README shows it: a recipe is a script that accelerate launches."""
+    recipe = recipe_names()["sd15-lora"]
+    values = {
+        "model.base": tiny_base, "model.variant": "null", "data.folder": pictures, "data.resolution": 64,
+        "train.steps": 2, "optimizer.warmup_steps": 0, "output_dir": tmp_path / "run",
+    }  # fmt: skip
+    sets = [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1",
+         "--mixed_precision", "no", "--dynamo_backend", "no", str(recipe), *sets],
+        cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "run" / "exports" / "adapter.safetensors").exists()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_the_notebook_runs(path, tmp_path, pictures, monkeypatch):
+    """Every cell, on the embedded base; only the parameters are replaced."""
+    notebook = jupytext.read(path)
+    parameters = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    values = {
+        "BASE": "demo", "VARIANT": None, "PICTURES": str(pictures), "TRIGGER": "sks", "CLASS": "robot",
+        "OUTPUT": str(tmp_path / "out"), "STEPS": 2, "CLASS_PICTURES": 2, "INSTALL_FROM": str(ROOT),
+    }  # fmt: skip
+    names = {line.split(" = ")[0] for line in parameters.source.splitlines() if " = " in line}
+    assert names == values.keys(), "the test must replace exactly the notebook's parameters"
+    parameters.source = "\n".join(f"{name} = {value!r}" for name, value in values.items())
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    where = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources=where).execute()
+    assert (tmp_path / "out" / "exports").is_dir()
+    sheets = sorted(p.name for p in (tmp_path / "out" / "samples").glob("*.png"))
+    assert sheets == ["step-000000.png", "step-000002.png"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_the_notebook_file_is_the_text(path):
+    """Colab opens .ipynb; it is made from the text, which is what people edit and review."""
+    made = json.loads(nbformat.writes(jupytext.read(path)))
+    stored = json.loads(path.with_suffix(".ipynb").read_text())
+    assert [(c["cell_type"], c["source"]) for c in made["cells"]] == [
+        (c["cell_type"], c["source"]) for c in stored["cells"]
+    ], "run `make notebooks`"
+
+
+def test_every_recipe_says_for_whom_it_is():
+    """The docstring's first line is what `finetune init` lists."""
+    for name, path in recipe_names().items():
+        first = Path(path).read_text().splitlines()[0]
+        assert first.startswith('"""') and len(first) > 30, name

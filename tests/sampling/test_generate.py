@@ -1,0 +1,128 @@
+"""Pictures come from the public pipeline, belong to prompt and seed, and leave the networks as they were."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from finetune.errors import CheckpointError, ConfigError, NumericError
+from finetune.sampling import SCHEDULERS, adapter_applied, generate
+from tests.tiny import random_adapter
+
+PROMPTS = ["a toy", "sks toy in the snow", "a cat"]
+RANK, ALPHA = {"unet": 4, "text_encoder": 8}, {"unet": 2.0, "text_encoder": 24.0}
+
+
+def apart(first, second) -> int:
+    """The largest difference of two pictures in grey levels."""
+    return int(np.abs(np.asarray(first, int) - np.asarray(second, int)).max())
+
+
+def test_equals_plain_diffusers(base, base_folder):
+    """A sample must be what the user will get from the same checkpoint, prompt and seed."""
+    family, components = base
+    ours = generate(family, components, ["sks toy"], seeds=[5], steps=3)[0]
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(base_folder)
+    generator = torch.Generator().manual_seed(5)
+    plain = pipeline("sks toy", num_inference_steps=3, negative_prompt="", generator=generator).images[0]
+    assert apart(ours, plain) == 0
+
+
+def test_picture_does_not_depend_on_its_batch(base):
+    family, components = base
+    together = generate(family, components, PROMPTS, seeds=[1, 2, 3], steps=3, batch_size=3)
+    alone = [
+        generate(family, components, [prompt], seeds=[seed], steps=3)[0]
+        for prompt, seed in zip(PROMPTS, [1, 2, 3], strict=True)
+    ]
+    in_pairs = generate(family, components, PROMPTS, seeds=[1, 2, 3], steps=3, batch_size=2)
+    assert max(apart(*pair) for pair in zip(together, alone, strict=True)) <= 2
+    assert max(apart(*pair) for pair in zip(together, in_pairs, strict=True)) <= 2
+    assert apart(together[0], together[1]) > 10
+
+
+def test_adapter_changes_pictures_and_goes_again(base):
+    """The weights must be bit-identical afterwards; sampling during training depends on it."""
+    family, components = base
+    before = {name: tensor.clone() for name, tensor in components.denoiser.state_dict().items()}
+    plain = generate(family, components, ["sks toy"], seeds=[1], steps=2)[0]
+    file = random_adapter(family, components, rank=RANK, alpha=ALPHA)
+    changed = generate(family, components, ["sks toy"], seeds=[1], steps=2, adapter=file)[0]
+    again = generate(family, components, ["sks toy"], seeds=[1], steps=2)[0]
+    assert apart(plain, changed) > 10
+    assert apart(plain, again) == 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in components.denoiser.state_dict().items())
+
+
+def test_leaves_modes_as_found(base):
+    """A validation grid in the middle of training must not switch anything off."""
+    family, components = base
+    components.denoiser.train()
+    components.denoiser.mid_block.eval()
+    components.denoiser.enable_gradient_checkpointing()
+    modes = [module.training for module in components.denoiser.modules()]
+    generate(family, components, ["a toy"], seeds=[1], steps=1)
+    assert [module.training for module in components.denoiser.modules()] == modes
+    assert components.denoiser.is_gradient_checkpointing
+    assert torch.is_grad_enabled()
+
+
+def test_touches_no_global_randomness(base):
+    state = torch.random.get_rng_state()
+    generate(*base, ["a toy"], seeds=[1], steps=2, scheduler="euler_a")
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("name", sorted(SCHEDULERS))
+def test_every_scheduler_draws(base, name):
+    calls = []
+    pictures = generate(
+        *base, PROMPTS, seeds=[1, 2, 3], steps=2, scheduler=name, batch_size=2, height=32, width=64,
+        progress=lambda done, total: calls.append((done, total)),
+    )  # fmt: skip
+    assert [picture.size for picture in pictures] == [(64, 32)] * 3
+    assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+@pytest.mark.parametrize("text_dtype", [torch.bfloat16, torch.float32])
+def test_half_precision_denoiser_with_other_parts_in_fp32(base, text_dtype):
+    """The usual training set-up: denoiser in bf16, autoencoder in fp32."""
+    family, components = base
+    expected = generate(family, components, ["a toy"], seeds=[1], steps=2)[0]
+    components.denoiser.to(torch.bfloat16)
+    components.text_encoders["text_encoder"].to(text_dtype)
+    assert apart(generate(family, components, ["a toy"], seeds=[1], steps=2)[0], expected) < 40
+
+
+def test_mistakes_are_told_together(base):
+    with pytest.raises(ConfigError) as caught:
+        generate(*base, PROMPTS, seeds=[1], steps=0, height=70)
+    assert "3 prompts and 1 seeds" in caught.value.text()
+    assert "steps=0" in caught.value.text()
+    assert "height=70 is not a multiple of 8" in caught.value.text()
+    with pytest.raises(ConfigError, match="did you mean euler"):
+        generate(*base, ["a"], seeds=[1], scheduler="eular")
+
+
+def test_picture_that_is_not_finite_is_refused(base):
+    """A black square in a grid is easily overlooked."""
+    family, components = base
+    with torch.no_grad():
+        components.denoiser.conv_out.bias.fill_(float("nan"))
+    with pytest.raises(NumericError, match=r"prompt 0 \('a toy'\)"):
+        generate(family, components, ["a toy"], seeds=[1], steps=1)
+
+
+def test_adapter_of_another_base_is_refused(base):
+    family, components = base
+    file = random_adapter(family, components, rank=RANK, alpha=ALPHA)
+    file.tensors = {name.replace("down_blocks.0", "down_blocks.7"): t for name, t in file.tensors.items()}
+    with pytest.raises(CheckpointError, match="no such layer"), adapter_applied(family, components, file):
+        pass
+    headless = dataclasses.replace(file.header, rank={"unet": 5, "text_encoder": 8})
+    with pytest.raises(CheckpointError, match="do not fit the header's rank 5"):
+        generate(family, components, ["a"], seeds=[1], adapter=dataclasses.replace(file, header=headless))

@@ -1,0 +1,67 @@
+"""`finetune build`: the command a CI job calls."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from diffusers import StableDiffusionPipeline
+
+from finetune import build_artifact, make_run
+from finetune.errors import ConfigError, NumericError
+from finetune.export.manifest import check_manifest
+from tests.conftest import command
+
+
+def test_build_makes_an_artifact_that_proves_itself(document, tmp_path, capsys, monkeypatch):
+    """Files that load elsewhere, a card, the score, and hashes of everything; a repeated job trains nothing anew."""
+    document["export"] = {"formats": ["diffusers", "kohya"], "name": "sks-robot"}
+    document["samples"] = {"prompts": ["a sks robot"], "per_prompt": 1, "inference_steps": 2}
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(document))
+    dist = tmp_path / "dist"
+    text = command(capsys, monkeypatch, "build", path, "-o", dist, "--max-ratio", "1.5")
+    assert "Files and hashes" in text
+    names = {p.relative_to(dist).as_posix() for p in dist.rglob("*") if p.is_file()}
+    assert {
+        "pytorch_lora_weights.safetensors", "sks-robot.safetensors", "README.md", "score.json", "run.json",
+        "metrics.jsonl", "manifest.json", "step-000000.png", "step-000004.png",
+    } == names  # fmt: skip
+    assert check_manifest(dist) == []
+    score = json.loads((dist / "score.json").read_text())
+    assert score["steps"] == 4 and 0 < score["loss_over_base"] < 1.5
+    assert score["exports"].keys() == {"diffusers", "kohya"}
+    card = (dist / "README.md").read_text()
+    assert "sks" in card and "validation loss over base" in card
+    pipe = StableDiffusionPipeline.from_pretrained(document["model"]["base"], safety_checker=None)
+    pipe.load_lora_weights(dist)
+    assert pipe.get_active_adapters()
+
+
+def test_an_artifact_tells_nothing_of_the_machine(document, tmp_path):
+    """Folders, user names and hosts have no business in a file that is published."""
+    document["samples"] = {"prompts": ["a sks robot"], "per_prompt": 1, "inference_steps": 2}
+    build_artifact(make_run(document), tmp_path / "dist", 1.5)
+    for file in (tmp_path / "dist").rglob("*"):
+        if file.is_file():
+            assert str(tmp_path.parent).encode() not in file.read_bytes(), file.name
+
+
+def test_a_gate_that_is_not_passed_leaves_no_artifact(document, tmp_path):
+    """CI must fail, and nothing half-good may be picked up."""
+    with pytest.raises(NumericError, match=r"allowed is 0\.1"):
+        build_artifact(make_run(document), tmp_path / "dist", 0.1)
+    assert not (tmp_path / "dist").exists()
+    assert (Path(document["output_dir"]) / "adapter.safetensors").exists()
+
+
+def test_a_build_that_cannot_be_judged_or_placed_is_refused_at_once(document, tmp_path):
+    """Before anything is trained, with both problems at once."""
+    (tmp_path / "dist").mkdir()
+    (tmp_path / "dist" / "old.txt").write_text("old")
+    document["validation"] = {"every": 0}
+    with pytest.raises(ConfigError) as caught:
+        build_artifact(make_run(document), tmp_path / "dist", 1.0)
+    assert "already holds something" in str(caught.value) and "nothing to score by" in str(caught.value)
+    assert not Path(document["output_dir"]).exists()
