@@ -99,22 +99,23 @@ def load_pictures(
         raise DataError(f"{folder} holds no pictures; JPEG, PNG and WebP files are read, in sub-folders as well.")
     sides = buckets.make_buckets(cut.resolution, cut.multiple)
     role = "class" if is_class else "instance"
+    placements = buckets.place(result.records, sides, upscale=cut.upscale, multiple=cut.multiple)
     pictures = [
-        _settle(folder, record, sides, cut, role, repeats=record.repeats * repeats, weight=loss_weight)
-        for record in result.records
+        _settle(folder / record.file_name, record, place, role, repeats=record.repeats * repeats, weight=loss_weight)
+        for record, place in zip(result.records, placements, strict=True)
     ]
     return pictures, [p for p in result.problems if p.severity != "error"]
 
 
 def _settle(
-    folder: Path, record: ImageRecord, sides: Any, cut: Cut, role: str, *, repeats: int, weight: float
+    path: Path, record: ImageRecord, placement: Placement, role: str, *, repeats: int, weight: float
 ) -> Picture:
     return Picture(
-        path=folder / record.file_name,
+        path=path,
         key=f"{role}/{record.file_name}",
         sha256=record.sha256,
         captions=tuple(record.captions),
-        placement=buckets.assign(record.width, record.height, sides, upscale=cut.upscale),
+        placement=placement,
         size=(record.height, record.width),
         repeats=repeats,
         loss_weight=weight,
@@ -133,7 +134,7 @@ def split_holdout(pictures: Sequence[Picture], count: int, seed: int) -> tuple[l
             f"validation.holdout={count} leaves nothing to train on: there are {len(pictures)} subject pictures; "
             "set it to 0 (a probe of the training pictures is used) or add pictures."
         )
-    held = set(python_rng(seed, "holdout").sample([p.key for p in pictures], count))
+    held = set(python_rng(seed, "holdout").sample(sorted(p.key for p in pictures), count))
     return [p for p in pictures if p.key not in held], [p for p in pictures if p.key in held]
 
 
