@@ -155,9 +155,8 @@ def build_base(plan: Plan) -> None:
     with beside(plan.out / "base") as folder:
         save_pipeline(pipeline, folder)
         figures = measure(pipeline, checker_of(plan), plan.prompts, plan.seeds)
-        for stage in SHARES:
-            state = plan.work / stage / "progress.json"
-            figures[stage] = json.loads(state.read_text()) if state.exists() else None
+        states = {stage: plan.work / stage / "progress.json" for stage in SHARES}
+        figures["training"] = {stage: json.loads(f.read_text()) for stage, f in states.items() if f.exists()}
         report = plan.work / "checker.json"
         figures["checker report"] = json.loads(report.read_text()) if report.exists() else None
         figures["megabytes"] = round(folder_megabytes(folder), 1)

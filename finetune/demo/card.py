@@ -115,7 +115,7 @@ def _amounts(figures: Mapping[str, Any]) -> list[str]:
         "|---|---|---|---|",
     ]
     for stage in ("autoencoder", "decoder", "denoiser", "checker"):
-        found = figures.get(stage)
+        found = figures["training"].get(stage)
         if found:
             lines.append(f"| {stage} | {found['samples']:,} | {found['step']:,} | {found['seconds'] / 60:.0f} |")
     lines += ["", f"One 20-step picture takes {figures['seconds per picture']:.2f} s of CPU."]
