@@ -79,12 +79,12 @@ def make_document(
     """One run: LoRA rank 8 on the attention layers, everything else off."""
     return make_run(
         {
-            "model": {"base": base},
+            "model": {"base": base, "dtype": "fp32"},
             "data": {"folder": str(folder / "pictures"), "resolution": resolution, "upscale": True,
                      "cache_folder": str(folder / "cache")},
             "adapter": {"rank": 8},
             "optimizer": {"name": optimizer, "schedule": "constant"},
-            # two warm-up steps are logged apart, then one reading spans the rest
+            # the first two steps are warm-up and not counted
             "train": {"steps": steps + 2, "batch_size": batch_size, "gradient_checkpointing": False, "log_every": 2,
                       "trackers": []},
             "validation": {"every": 0},
@@ -123,6 +123,8 @@ def raw_seconds_per_step(run: Run, resolution: int, device: torch.device) -> flo
     started = 0.0
     for step in range(run.train.steps):
         if step == 2:
+            if device.type == "cuda":
+                torch.cuda.synchronize()
             started = time.perf_counter()
         noise = torch.randn(shape, generator=generator).to(device)
         timesteps = torch.randint(0, 1000, (shape[0],), generator=generator).to(device)
@@ -144,7 +146,7 @@ def make_optimizer(name: str, trained: list[torch.nn.Parameter]) -> torch.optim.
         return torch.optim.AdamW(trained, lr=1e-4, fused=True)
     import bitsandbytes
 
-    return bitsandbytes.optim.AdamW8bit(trained, lr=1e-4)  # type: ignore[no-any-return]
+    return bitsandbytes.optim.AdamW8bit(trained, lr=1e-4, min_8bit_size=1024)  # type: ignore[no-any-return]
 
 
 def write_noise_pictures(folder: Path, side: int) -> None:

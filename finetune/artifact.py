@@ -44,13 +44,18 @@ class Artifact:
         ]
 
 
-def build_artifact(run: Run, output: Path, max_ratio: float, reporter: Reporter | None = None) -> Artifact:
+def build_artifact(
+    run: Run, output: Path, max_ratio: float, reporter: Reporter | None = None
+) -> Artifact | None:
     """Build an adapter; `output` appears whole or not at all.
 
     Args:
         run: trained in its own output_dir, and resumed there when a job is repeated.
         output: must not exist yet, or be empty.
         max_ratio: gate: the validation loss divided by the base model's may not be above this.
+
+    Returns:
+        the artifact; None in all but the first of several processes.
 
     Raises:
         ConfigError: if `output` holds something, or validation is off so that there is nothing to judge by.
@@ -59,6 +64,8 @@ def build_artifact(run: Run, output: Path, max_ratio: float, reporter: Reporter 
     _check(run, output)
     reporter = reporter or Reporter()
     result = train(run, reporter)
+    if not result.is_main_process:
+        return None
     assert result.validation is not None, "checked above: validation is on"
     ratio, error = result.validation.value, result.validation.error
     if not ratio <= max_ratio:
@@ -70,7 +77,7 @@ def build_artifact(run: Run, output: Path, max_ratio: float, reporter: Reporter 
             ],
         )
     with atomic_dir(output) as folder:
-        exported = export_run(run.output_dir, run, run.export.formats, folder, reporter)
+        exported = export_run(run.output_dir, run, folder, reporter)
         _papers(run, result, exported, folder)
         write_manifest(folder)
     final = [_moved(item, output) for item in exported]
@@ -102,7 +109,7 @@ def _papers(run: Run, result: TrainResult, exported: list[Exported], folder: Pat
             "exports": {item.format: [check.as_dict() for check in item.verification] for item in exported},
         },
     )
-    write_json(folder / "run.json", _without_places(run))
+    write_json(folder / "run.json", _without_places(run, result.components.source))
     shutil.copyfile(run.output_dir / "metrics.jsonl", folder / "metrics.jsonl")
     sheets = sorted((run.output_dir / "samples").glob("step-*.png"))
     for sheet in sheets[:1] + sheets[1:][-1:]:
@@ -120,7 +127,7 @@ def _papers(run: Run, result: TrainResult, exported: list[Exported], folder: Pat
             training=[
                 ("steps", str(result.steps)),
                 ("rank", str(run.adapter.rank)),
-                ("learning rate", f"{run.optimizer.learning_rate:g}"),
+                ("learning rate", f"{run.adapter.learning_rate or run.optimizer.learning_rate:g}"),
                 ("optimizer", run.optimizer.name),
                 ("run", run.digest()[:12]),
             ],
@@ -129,7 +136,7 @@ def _papers(run: Run, result: TrainResult, exported: list[Exported], folder: Pat
     )
 
 
-def _without_places(run: Run) -> dict[str, object]:
+def _without_places(run: Run, base: str) -> dict[str, object]:
     """The run without folders of this machine."""
     document = dump_run(run)
     for section, field in ((document["data"], "folder"), (document, "output_dir")):
@@ -137,9 +144,7 @@ def _without_places(run: Run) -> dict[str, object]:
     document["data"]["cache_folder"] = None
     if document["data"]["prior"]:
         document["data"]["prior"]["folder"] = None
-    base = Path(document["model"]["base"])
-    if base.is_absolute():
-        document["model"]["base"] = base.name
+    document["model"]["base"] = base
     return document
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ from data_tools.errors import DataToolsError
 from finetune.config import Run
 from finetune.console import ConsoleReporter
 from finetune.errors import ConfigError, UserError
-from finetune.run_files import load_run, recipe_names
+from finetune.run_files import change_run, load_run, recipe_names
 from finetune.show import annotated_yaml
 
 app = typer.Typer(
@@ -92,12 +91,15 @@ def export(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Where to; default: exports in the run folder.")
     ] = None,
+    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16; default: the run's own.")] = "",
+    force: Annotated[bool, typer.Option(help="Keep a merged model that rounding takes much from.")] = False,
 ) -> None:
     """Write the adapter in the layouts other programs load; each file is read back and compared before it counts."""
     reporter = ConsoleReporter()
     run = load_run(run_folder)
-    chosen = tuple(formats) if formats else run.export.formats
-    exported = finetune.export_run(run_folder, run, chosen, output or run_folder / "exports", reporter)
+    changes = [f"export.formats=[{', '.join(formats)}]"] if formats else []
+    run = change_run(run, [*changes, *([f"export.dtype={dtype}"] if dtype else [])])
+    exported = finetune.export_run(run_folder, run, output or run_folder / "exports", reporter, force=force)
     reporter.table("Exported and read back", finetune.exported_rows(exported))
 
 
@@ -114,6 +116,8 @@ def build(
     """Build an adapter as an artifact, for CI: check, train, score, export, verify, model card, hashes."""
     reporter = ConsoleReporter()
     artifact = finetune.build_artifact(load_run(recipe, overrides or ()), output, max_ratio, reporter)
+    if artifact is None:
+        return
     reporter.table(f"Artifact in {output}", artifact.rows())
 
 
@@ -124,7 +128,7 @@ def run_recipe(run: Run) -> None:
     """
 
     def command(overrides: Overrides = None) -> None:
-        _train_and_export(load_run(sys.argv[0], overrides or ()))
+        _train_and_export(change_run(run, overrides or ()))
 
     command.__doc__ = f"Train this recipe on {run.model.base}; `finetune show` prints every field for --set."
     _guarded(lambda: typer.run(command))
@@ -142,7 +146,7 @@ def _train_and_export(run: Run) -> None:
         return
     rows = []
     if run.export.formats:
-        exported = finetune.export_run(run.output_dir, run, run.export.formats, run.output_dir / "exports", reporter)
+        exported = finetune.export_run(run.output_dir, run, run.output_dir / "exports", reporter)
         rows = finetune.exported_rows(exported)
     if result.validation:
         rows.insert(0, ("Loss against the base", f"{result.validation.value:.3f} +- {result.validation.error:.3f}"))
@@ -166,9 +170,6 @@ def _guarded(call: Callable[[], object]) -> None:
     except (UserError, DataToolsError) as error:
         errors.print(str(error), markup=False, style="red", soft_wrap=True)
         raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt:
-        errors.print("Interrupted; the last checkpoint is intact.", style="red")
-        raise SystemExit(130) from None
 
 
 def _first_docstring_line(path: Path) -> str:

@@ -245,9 +245,11 @@ class Run(Section):
 
 FREE_TO_CHANGE = (
     "output_dir", "checkpoint.", "samples.", "export.", "validation.every", "train.log_every", "train.trackers",
-    "data.cache_folder", "data.prior.batch_size",
+    "data.cache_folder", "data.prior.batch_size", "data.folder", "data.prior.folder", "model.base", "model.revision",
+    "model.variant",
 )  # fmt: skip
-"""Fields that a resumed run may change: they do not touch the trained weights."""
+"""Fields that a resumed run may change: they do not touch the trained weights. Folders and the base's name are among
+them, because the content itself is compared: every picture's digest and the digest of the base's weights."""
 
 
 def is_free(key: str) -> bool:
@@ -299,6 +301,11 @@ def contradictions(run: Run) -> list[str]:
             for prompt in run.data.prior.prompts
             if trigger in prompt.split()
         ]
+    if run.export.name == "pytorch_lora_weights" or run.export.name.endswith("."):
+        problems.append(
+            f"export.name={run.export.name} is the name of the diffusers file or ends in a dot; choose another, it "
+            "becomes the file for ComfyUI and A1111"
+        )
     for beta in run.optimizer.betas:
         if not 0 <= beta < 1:
             problems.append(f"optimizer.betas holds {beta}, but both must lie in [0, 1); 0.9,0.999 is usual")

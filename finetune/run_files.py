@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import runpy
 from collections.abc import Iterator, Mapping, Sequence
@@ -84,7 +83,21 @@ def load_run(source: str | Path, overrides: Sequence[str] = (), values: Mapping[
     Raises:
         ConfigError: listing every problem of the file and of the overrides at once.
     """
-    document, label = _read(Path(source))
+    return _changed(*_read(Path(source)), overrides, values)
+
+
+def change_run(run: Run, overrides: Sequence[str]) -> Run:
+    """The run with `section.field=value` overrides applied.
+
+    Raises:
+        ConfigError: listing every problem at once.
+    """
+    return _changed(dump_run(run), "The recipe", overrides, None)
+
+
+def _changed(
+    document: dict[str, Any], label: str, overrides: Sequence[str], values: Mapping[str, Any] | None
+) -> Run:
     problems = []
     for override in overrides:
         problems += _override(document, override)
@@ -113,25 +126,33 @@ def _read(source: Path) -> tuple[dict[str, Any], str]:
     builtin = recipe_names()
     if not source.exists() and str(source) in builtin:
         source = builtin[str(source)]
-    if source.is_dir():
-        source = source / "run.json"
+    if source.is_dir() and (source / "run.json").is_file():
+        # keep: a run folder may have been moved since; the one that was named is meant.
+        return read_document(source / "run.json") | {"output_dir": str(source)}, str(source)
     if not source.is_file():
         hint = nearest(str(source), builtin) or f"; built-in recipes are {', '.join(builtin) or 'none'}"
         raise ConfigError(f"There is no recipe or run at {source}{hint}.")
     if source.suffix == ".py":
         return dump_run(_recipe_value(source)), source.name
-    text = source.read_text(encoding="utf-8-sig")
+    return read_document(source), source.name
+
+
+def read_document(source: Path) -> dict[str, Any]:
+    """The sections of a YAML or JSON file (JSON is YAML)."""
     try:
-        document = json.loads(text) if source.suffix == ".json" else yaml.load(text, Loader=_Loader)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        document = yaml.load(source.read_text(encoding="utf-8-sig"), Loader=_Loader)
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{source} cannot be read:", [" ".join(str(error).split())]) from None
     if not isinstance(document, dict):
         raise ConfigError(f"{source} holds no sections; `finetune init sd15-lora` prints a file to start from.")
-    return document, source.name
+    return document
 
 
 def _recipe_value(path: Path) -> Run:
-    value = runpy.run_path(str(path)).get("RUN")
+    try:
+        value = runpy.run_path(str(path)).get("RUN")
+    except ValidationError as error:
+        raise ConfigError(f"{path.name} cannot be run:", list(_explain(error))) from None
     if not isinstance(value, Run):
         raise ConfigError(f"{path} defines no RUN; a recipe is a Python file with RUN = Run(...).")
     return value

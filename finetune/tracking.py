@@ -48,7 +48,10 @@ class MetricsLog:
         """Open for appending; lines after `resume_step` belong to lost steps and are dropped, so curves never fork."""
         self._path = path
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= resume_step]
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        # keep: not through finetune.storage, which imports torch; this file is read by `finetune --help`.
+        beside = path.with_suffix(".partial")
+        beside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        beside.replace(path)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Append the values measured after `step` optimizer steps."""

@@ -4,10 +4,10 @@ A tiny Stable Diffusion that ships with the toolkit learns a robot it has never 
 robots stay what they are. Draw its pictures first: `python -m finetune.demo.pictures_folder runs/demo/pictures`.
 """
 
-from finetune import Run
+from finetune import make_run
 from finetune.cli import run_recipe
 
-RUN = Run.model_validate(
+RUN = make_run(
     {
         "model": {"base": "demo"},
         "data": {

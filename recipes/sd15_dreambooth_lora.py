@@ -5,10 +5,10 @@ For 5 to 20 pictures of one subject and an 8 GB card or a Colab T4. Trains UNet 
 --set "data.caption_template=a photo of sks dog" --set 'data.prior.prompts=["a photo of a dog"]'`.
 """
 
-from finetune import Run
+from finetune import make_run
 from finetune.cli import run_recipe
 
-RUN = Run.model_validate(
+RUN = make_run(
     {
         "model": {"base": "stable-diffusion-v1-5/stable-diffusion-v1-5", "variant": "fp16"},
         "data": {

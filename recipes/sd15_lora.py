@@ -4,10 +4,10 @@ For a 6 to 8 GB card or a Colab T4. Trains the attention layers; captions are en
 the card. Start here: `finetune train recipes/sd15_lora.py --set data.folder=photos`.
 """
 
-from finetune import Run
+from finetune import make_run
 from finetune.cli import run_recipe
 
-RUN = Run.model_validate(
+RUN = make_run(
     {
         "model": {"base": "stable-diffusion-v1-5/stable-diffusion-v1-5", "variant": "fp16"},
         "data": {"folder": "photos"},

@@ -169,16 +169,26 @@ def _start(parameters: dict[str, nn.Parameter], seed: int) -> None:
 
 
 def _unmatched(target: Target) -> list[str]:
+    section = "text_encoder_adapter" if target.disk_prefix.startswith("text_encoder") else "adapter"
+    field = f"{section}.targets={target.shape.pattern!r}"
     try:
         pattern = re.compile(target.shape.pattern)
     except re.error as error:
-        return [f"adapter.targets={target.shape.pattern!r} is no regular expression: {error}"]
-    layers = [name for name, module in target.module.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    if any(pattern.fullmatch(name) for name in layers):
+        return [f"{field} is no regular expression: {error}"]
+    modules = dict(target.module.named_modules())
+    layers = [name for name, module in modules.items() if isinstance(module, nn.Linear | nn.Conv2d)]
+    matched = [name for name in modules if pattern.fullmatch(name)]
+    foreign = [name for name in matched if name not in set(layers)]
+    if foreign:
+        return [
+            f"{field} also matches {foreign[0]}, which is a {type(modules[foreign[0]]).__name__} and no single layer; "
+            r"end the pattern with the layers that are meant, e.g. \.(to_q|to_k|to_v)"
+        ]
+    if matched:
         return []
     examples = ", ".join(layers[:: max(1, len(layers) // 4)][:4])
     return [
-        f"adapter.targets={target.shape.pattern!r} matches none of the {len(layers)} layers of {target.disk_prefix}; "
+        f"{field} matches none of the {len(layers)} layers of {target.disk_prefix}; "
         f"the pattern must match a whole name such as {examples}"
     ]
 

@@ -27,6 +27,8 @@ from torch import Tensor
 from finetune import storage
 from finetune.errors import CheckpointError
 
+ADAPTER_FILE = "adapter.safetensors"
+"""Name of the finished adapter in a run folder."""
 DOWN = ".lora_A.weight"
 UP = ".lora_B.weight"
 HEADER_KEY = "finetune_adapter"

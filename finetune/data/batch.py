@@ -57,13 +57,12 @@ class Batch:
 
 def _move(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
+        # keep: only pinned memory is copied while the accelerator computes.
+        return (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)
     if isinstance(value, dict):
         return {name: _move(inner, device) for name, inner in value.items()}
-    if isinstance(value, Latents):
-        return Latents(value.mean.to(device), value.std.to(device))
-    if isinstance(value, SizeConditioning):
-        return SizeConditioning(*(getattr(value, f.name).to(device) for f in fields(value)))
+    if isinstance(value, Latents | SizeConditioning):
+        return replace(value, **{f.name: _move(getattr(value, f.name), device) for f in fields(value)})
     return value
 
 

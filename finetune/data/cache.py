@@ -51,6 +51,8 @@ class LatentCache:
         self._vae_digest = vae_digest
         self._background = background
         self._ready: dict[str, Latents] = {}
+        self.damaged: list[Path] = []
+        """Entries that could not be read and are encoded again."""
 
     def prepare(
         self, pictures: Sequence[Picture], *, flip: bool, encode: Encode, batch_size: int,
@@ -93,7 +95,7 @@ class LatentCache:
 
     def _restore(self, key: str) -> bool:
         if key not in self._ready:
-            tensors = _read_entry(self._path(key))
+            tensors = _read_entry(self._path(key), {"mean", "std"}, self.damaged)
             if tensors is None:
                 return False
             self._ready[key] = Latents(tensors["mean"], tensors["std"])
@@ -117,6 +119,8 @@ class TextCache:
         self._folder = folder / "text"
         self._text_digest = text_digest
         self._ready: dict[str, Conditioning] = {}
+        self.damaged: list[Path] = []
+        """Entries that could not be read and are encoded again."""
 
     def prepare(
         self, captions: Sequence[str], *, describe: Describe, batch_size: int, progress: Progress | None = None
@@ -130,6 +134,8 @@ class TextCache:
             conditioning = describe(batch)
             for i, caption in enumerate(batch):
                 self._ready[caption] = {name: value[i].float().cpu() for name, value in conditioning.items()}
+                if not all(torch.isfinite(value).all() for value in self._ready[caption].values()):
+                    raise NumericError(f"A text encoder gives values that are not finite for the caption {caption!r}.")
                 write_safetensors(self._path(caption), self._ready[caption], {})
             done += len(batch)
             if progress:
@@ -146,7 +152,7 @@ class TextCache:
 
     def _restore(self, caption: str) -> bool:
         if caption not in self._ready:
-            tensors = _read_entry(self._path(caption))
+            tensors = _read_entry(self._path(caption), set(), self.damaged)
             if tensors is None:
                 return False
             self._ready[caption] = tensors
@@ -180,14 +186,17 @@ def _batches(entries: Sequence[Entry], size: int) -> list[list[Entry]]:
     return found
 
 
-def _read_entry(path: Path) -> dict[str, Tensor] | None:
-    """A stored entry, or None when there is none or it is damaged (then it is encoded again)."""
+def _read_entry(path: Path, names: set[str], damaged: list[Path]) -> dict[str, Tensor] | None:
+    """A stored entry with at least these tensors; None when there is none, or it is damaged and was noted as such."""
     if not path.is_file():
         return None
     try:
         tensors, _ = read_safetensors(path)
     except CheckpointError:
-        path.unlink()
+        tensors = {}
+    if not tensors or not names <= tensors.keys():
+        path.unlink(missing_ok=True)
+        damaged.append(path)
         return None
     # keep: tensors mapped from a file lie at odd addresses, where kernels may round differently; a copy does not.
     return {name: tensor.clone() for name, tensor in tensors.items()}

@@ -90,15 +90,18 @@ def load_pictures(
     if not folder.is_dir():
         raise DataError(f"data.folder={folder} is no folder; name the folder that holds the pictures.")
     result = scan.scan(folder, captions=captions, template=template, background=cut.background, progress=progress)
-    errors = [p for p in result.problems if p.severity == "error"]
+    role = "class" if is_class else "instance"
+    errors = [f"{p.file_name}: {p.what}; {p.why}; {p.remedy}" for p in result.problems if p.severity == "error"]
+    for record in result.records:
+        if record.mask_file is not None:
+            errors.append(f"{record.file_name}: has a mask, and training with masks is not possible yet; take it out")
+        if record.role == "class" and not is_class:
+            errors.append(f"{record.file_name}: is a class picture; put it into a folder for data.prior.folder")
     if errors:
-        raise DataError(
-            f"{folder} cannot be trained on yet:", [f"{p.file_name}: {p.what}; {p.why}; {p.remedy}" for p in errors]
-        )
+        raise DataError(f"{folder} cannot be trained on yet:", errors)
     if not result.records:
         raise DataError(f"{folder} holds no pictures; JPEG, PNG and WebP files are read, in sub-folders as well.")
     sides = buckets.make_buckets(cut.resolution, cut.multiple)
-    role = "class" if is_class else "instance"
     placements = buckets.place(result.records, sides, upscale=cut.upscale, multiple=cut.multiple)
     pictures = [
         _settle(folder / record.file_name, record, place, role, repeats=record.repeats * repeats, weight=loss_weight)

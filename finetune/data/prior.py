@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from finetune.config import PriorConfig
+from finetune.data.dataset import Picture
 from finetune.errors import DataError
 from finetune.families.base import Components, ModelFamily
 from finetune.rng import seed_for
@@ -16,6 +18,8 @@ from finetune.tracking import Reporter
 
 RECORD = "class_images.json"
 """What the generated pictures of a folder were made with."""
+RENDERED = "class-"
+"""How the names of rendered pictures begin; all others are the user's."""
 _PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
@@ -41,8 +45,8 @@ def fill(
         "guidance_scale": prior.guidance_scale,
     }
     _check_record(folder, made_with)
-    own = [p for p in folder.iterdir() if p.suffix.lower() in _PICTURES and not p.stem.startswith("class-")]
-    wanted = [folder / f"class-{i:05d}.png" for i in range(max(0, prior.images - len(own)))]
+    own = [p for p in folder.iterdir() if p.suffix.lower() in _PICTURES and not p.name.startswith(RENDERED)]
+    wanted = [folder / f"{RENDERED}{i:05d}.png" for i in range(max(0, prior.images - len(own)))]
     missing = [i for i, path in enumerate(wanted) if not (path.is_file() and path.with_suffix(".txt").is_file())]
     if not missing:
         return 0
@@ -63,6 +67,13 @@ def fill(
                 partial.replace(wanted[i])
             advance(len(wanted) - len(missing) + start + len(batch), "")
     return len(missing)
+
+
+def chosen(pictures: Sequence[Picture], images: int) -> list[Picture]:
+    """The class pictures that are used: all that the user put there, filled up with rendered ones to `images`."""
+    own = [p for p in pictures if not p.path.name.startswith(RENDERED)]
+    rendered = [p for p in pictures if p.path.name.startswith(RENDERED)]
+    return [*own, *rendered[: max(0, images - len(own))]]
 
 
 def _check_record(folder: Path, made_with: dict[str, Any]) -> None:

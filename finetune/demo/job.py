@@ -48,7 +48,7 @@ def run_demo(output: Path, reporter: Reporter) -> dict[str, Any]:
     with reporter.progress("Asking it again", total) as advance:
         after = questions.ask(result.family, result.components, checker, SUBJECT, advance)
     questions.sheet(SUBJECT, run.data.folder, before, after).save(output / "contact_sheet.png")
-    exported = export_run(run.output_dir, run, run.export.formats, output / "exports", reporter)
+    exported = export_run(run.output_dir, run, output / "exports", reporter)
     summary = _summary(before.figures, after.figures, result, exported, time.perf_counter() - started)
     write_json(output / "summary.json", summary)
     for title, rows in pages(output, run, summary, exported):

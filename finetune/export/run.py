@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from finetune.adapters.files import AdapterFile
+from finetune.adapters.files import ADAPTER_FILE, AdapterFile
 from finetune.config import Run
 from finetune.errors import CheckpointError
 from finetune.export import Exported, export
@@ -15,20 +15,17 @@ from finetune.export.job import Papers
 from finetune.families import load_family
 from finetune.tracking import Reporter
 
-ADAPTER_FILE = "adapter.safetensors"
-"""The finished adapter in a run folder, under canonical names."""
-
 
 def export_run(
-    run_folder: Path, run: Run, formats: Sequence[str], output: Path, reporter: Reporter | None = None
+    run_folder: Path, run: Run, output: Path, reporter: Reporter | None = None, *, force: bool = False
 ) -> list[Exported]:
     """Export the adapter that a run left, and read every file back.
 
     Args:
         run_folder: holds adapter.safetensors.
-        run: the run that made it; names the base model and the export's name and number format.
-        formats: names in `finetune.export.FORMATS`.
+        run: the run that made it; names the base model and the export's formats, name and number format.
         output: folder for the files.
+        force: keep a merged model although rounding takes much of the adapter.
 
     Raises:
         CheckpointError: if the run is not finished, or its base model is not the one it was trained on.
@@ -50,30 +47,31 @@ def export_run(
         )
     papers = Papers(
         title=run.export.name,
-        resolution=run.data.resolution or family.resolution,
-        learning_rate=run.optimizer.learning_rate,
+        resolution=run.data.resolution or family.native_resolution(components),
+        learning_rate=run.adapter.learning_rate or run.optimizer.learning_rate,
         optimizer=run.optimizer.name,
         seed=run.train.seed,
     )
     with (reporter or Reporter()).progress("Exporting and reading back", 1) as advance:
         done = export(
             file, family, components, output,
-            name=run.export.name, formats=formats, dtype=run.export.dtype, papers=papers,
+            name=run.export.name, formats=run.export.formats, dtype=run.export.dtype, papers=papers, force=force,
         )  # fmt: skip
         advance(1, "")
     return done
 
 
 def exported_rows(exported: Sequence[Exported]) -> list[tuple[str, str]]:
-    """One line per export: where it is, its size, and how far the worst reader's weights are from the trained ones."""
+    """One line per export: where it is, its size, and what its readers found.
+
+    For adapter files that is how far the worst reader's change of a layer is from the trained one; for a merged model
+    the share of the adapter that its number format rounds away. Both with the largest difference of an output.
+    """
     rows = []
     for item in exported:
-        worst = max(check.weights_relative for check in item.verification)
+        worst = item.rounding.total if item.rounding else max(check.weights_relative for check in item.verification)
+        outputs = max(check.outputs_relative for check in item.verification)
         readers = ", ".join(check.reader for check in item.verification)
-        rows.append(
-            (
-                item.format,
-                f"{item.path}  {item.bytes / 2**20:.2f} MB; weights within {worst:.1e}, read back by {readers}",
-            )
-        )
+        found = f"adapter within {worst:.1e}, outputs within {outputs:.1e}, read back by {readers}"
+        rows.append((item.format, f"{item.path}  {item.bytes / 2**20:.2f} MB; {found}"))
     return rows

@@ -147,6 +147,12 @@ class ModelFamily(ABC):
             for name, tokenizer in tokenizers.items()
         }
 
+    def native_resolution(self, components: Components) -> int:
+        """The side, in pixels, of a square picture for this very checkpoint, from its denoiser's own sample size."""
+        config: Any = components.denoiser.config
+        size = getattr(config, "sample_size", None)
+        return int(size) * self.vae_stride(components.vae) if size and components.vae is not None else self.resolution
+
     def vae_stride(self, vae: nn.Module) -> int:
         """Pixels per latent along one side."""
         config: Any = vae.config

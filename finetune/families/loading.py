@@ -11,9 +11,10 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from finetune.demo import BASE_DIR
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, UnsafeError
 from finetune.families.base import Components, ModelFamily
 from finetune.storage import sha256_file
 
@@ -38,13 +39,14 @@ def load(
         pipeline: Any = getattr(diffusers, family.pipeline_class).from_pretrained(
             folder, dtype=dtypes, variant=variant, use_safetensors=True, safety_checker=None, local_files_only=True
         )
-    except OSError as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(
             f"model.base={base} cannot be loaded:",
             [
-                f"{_first_line(error)}; only safetensors are read (a .bin or .ckpt can run code when opened): convert "
-                "it with diffusers' save_pretrained(safe_serialization=True), or set model.variant if the folder "
-                "holds e.g. only fp16 files"
+                f"{_first_line(error)}; only safetensors are read (a .bin or .ckpt can run code); convert "
+                "it with diffusers' save_pretrained(safe_serialization=True). "
+                f"model.variant={variant or 'null'} names the files that are looked for: fp16 for *.fp16.safetensors, "
+                "null for plain ones"
             ],
         ) from None
     text_encoders = {name: getattr(pipeline, name) for name in family.text_encoders}
@@ -56,7 +58,7 @@ def load(
         text_encoders=text_encoders,
         tokenizers=tokenizers,
         scheduler_config=dict(pipeline.scheduler.config),
-        source=base if not Path(base).is_dir() else Path(base).resolve().name,
+        source=Path(base).expanduser().resolve().name if Path(base).expanduser().is_dir() else base,
         digest=hashlib.sha256("".join(digests[key] for key in sorted(digests)).encode()).hexdigest(),
         digests=digests,
     )
@@ -77,7 +79,12 @@ def local_folder(base: str, revision: str | None, variant: str | None) -> Path:
                 "name the folder that save_pretrained wrote."
             )
         return folder
-    if folder.is_file() or folder.suffix in {".safetensors", ".ckpt"}:
+    if folder.suffix in {".ckpt", ".pt", ".pth", ".bin"}:
+        raise UnsafeError(
+            f"model.base={base} is a pickled checkpoint, which can run code when opened, so it is not opened here; "
+            "get the .safetensors of the same model, or convert it on a machine you can afford to lose."
+        )
+    if folder.is_file() or folder.suffix == ".safetensors":
         raise ConfigError(
             f"model.base={base} is a single file, which cannot be read here yet; convert it once with diffusers' "
             "StableDiffusionPipeline.from_single_file(...).save_pretrained(folder) and name that folder."
@@ -114,8 +121,10 @@ def _digests(family: ModelFamily, folder: Path, variant: str | None) -> dict[str
     parts = {"denoiser": family.denoiser, "vae": "vae", **{name: name for name in family.text_encoders}}
     found = {}
     for key, subfolder in parts.items():
-        pattern = f"*.{variant}*.safetensors" if variant else "*.safetensors"
-        files = sorted((folder / subfolder).glob(pattern)) or sorted((folder / subfolder).glob("*.safetensors"))
+        # keep: a hub folder may hold several variants of one part; only what was loaded counts.
+        every = sorted((folder / subfolder).glob("*.safetensors"))
+        own = [file for file in every if variant and f".{variant}" in file.name]
+        files = own or [file for file in every if file.name.count(".") == 1]
         found[key] = hashlib.sha256("".join(sha256_file(file) for file in files).encode()).hexdigest()
     return found
 

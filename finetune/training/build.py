@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from data_tools.scan import Problem
 from finetune.adapters import AdapterSet, Shape, Target, attach
-from finetune.config import AdapterConfig, DataConfig, Run
+from finetune.config import AdapterConfig, DataConfig, PriorConfig, Run
 from finetune.data import prior
 from finetune.data.batch import Collator
 from finetune.data.cache import LatentCache, TextCache
@@ -39,8 +42,18 @@ def build_accelerator(dtype: str, output_dir: Path, trackers: Sequence[str]) -> 
     resolved = _auto_dtype() if dtype == "auto" else dtype
     if resolved == "fp16" and not torch.cuda.is_available():
         raise ConfigError("model.dtype=fp16 needs a GPU: a CPU computes fp16 too coarsely to train; use fp32 or bf16.")
+    missing = [name for name in trackers if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"train.trackers names {', '.join(missing)}, which is not installed; install it (pip install "
+            f"{' '.join(missing)}) or take it out: metrics.jsonl is always written."
+        )
     accelerator = Accelerator(
-        mixed_precision=_AUTOCAST[resolved], log_with=list(trackers) or None, project_dir=str(output_dir)
+        mixed_precision=_AUTOCAST[resolved],
+        log_with=list(trackers) or None,
+        project_dir=str(output_dir),
+        # the others wait while the first process renders class pictures
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
     )
     return accelerator, resolved
 
@@ -86,8 +99,7 @@ def background_colour(text: str) -> Colour:
 
 def build_cut(data: DataConfig, family: ModelFamily, components: Components) -> Cut:
     """How pictures are cut for this base: its own resolution unless the run names one."""
-    native = native_resolution(family, components)
-    resolution = data.resolution or native
+    resolution = data.resolution or family.native_resolution(components)
     multiple = family.bucket_multiple if resolution > family.bucket_multiple * 4 else smallest_multiple(components)
     if resolution % multiple:
         raise ConfigError(
@@ -97,15 +109,6 @@ def build_cut(data: DataConfig, family: ModelFamily, components: Components) -> 
     return Cut(resolution, multiple, data.upscale, background_colour(data.background))
 
 
-def native_resolution(family: ModelFamily, components: Components) -> int:
-    """The side, in pixels, of a square picture for this very checkpoint, from its denoiser's own sample size.
-    """
-    config = components.denoiser.config
-    assert components.vae is not None, "the autoencoder is loaded with the base and dropped after caching"
-    size = getattr(config, "sample_size", None)
-    return int(size) * family.vae_stride(components.vae) if size else family.resolution
-
-
 def smallest_multiple(components: Components) -> int:
     """What picture sides must be divisible by so that autoencoder and denoiser halve evenly, in pixels."""
     assert components.vae is not None, "the autoencoder is loaded with the base and dropped after caching"
@@ -113,11 +116,8 @@ def smallest_multiple(components: Components) -> int:
     return int(2**halvings)
 
 
-def build_pictures(
-    data: DataConfig, cut: Cut, holdout: int, seed: int, family: ModelFamily, components: Components,
-    class_folder: Path, reporter: Reporter,
-) -> Pictures:  # fmt: skip
-    """Scan the subject's folder, fill and scan the class folder."""
+def build_pictures(data: DataConfig, cut: Cut, holdout: int, seed: int, reporter: Reporter) -> Pictures:
+    """Scan the subject's folder and set held-out pictures aside."""
     with reporter.progress("Checking pictures", 1) as advance:
         subject, problems = load_pictures(
             data.folder, cut, captions=data.captions, template=data.caption_template, repeats=data.repeats
@@ -125,16 +125,24 @@ def build_pictures(
         advance(1, "")
     check_trigger(subject, data.trigger)
     training, held = split_holdout(subject, holdout, seed)
-    if data.prior is None:
-        return Pictures(training, held, problems, 0)
-    folder = data.prior.folder or class_folder
-    generated = prior.fill(folder, data.prior, family, components, cut.resolution, reporter)
-    others, more = load_pictures(
-        folder, cut, captions="sidecar", loss_weight=data.prior.prior_loss_weight, is_class=True
+    return Pictures(training, held, problems, 0)
+
+
+def add_class_pictures(
+    pictures: Pictures, config: PriorConfig, folder: Path, cut: Cut, family: ModelFamily, components: Components,
+    device: torch.device, reporter: Reporter,
+) -> Pictures:  # fmt: skip
+    """Fill the class folder with the base model, on `device`, and add its pictures to the training ones."""
+    with on_device(list(components.modules().values()), device):
+        generated = prior.fill(folder, config, family, components, cut.resolution, reporter)
+    # keep: braces are placeholders in templates and plain characters in prompts.
+    prompt = config.prompts[0].replace("{", "{{").replace("}", "}}")
+    others, problems = load_pictures(
+        folder, cut, template=prompt, loss_weight=config.prior_loss_weight, is_class=True
     )
-    chosen = others[: data.prior.images]
-    warnings = [p for p in more if p.severity == "warning"]
-    return Pictures([*training, *chosen], held, [*problems, *warnings], generated)
+    warnings = [p for p in problems if p.severity == "warning"]
+    training = [*pictures.training, *prior.chosen(others, config.images)]
+    return Pictures(training, pictures.holdout, [*pictures.problems, *warnings], generated)
 
 
 def build_targets(
@@ -210,6 +218,8 @@ def build_collator(
         latents.prepare(
             pictures.all, flip=run.data.flip, encode=encode, batch_size=8, progress=count_only(advance)
         )
+    for path in latents.damaged:
+        reporter.warn(f"{path.name} in the cache was damaged and is encoded again")
     tokenize = partial(family.tokenize, components.tokenizers)
     collator = Collator(
         pictures.training, latents, tokenize,

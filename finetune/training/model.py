@@ -41,4 +41,4 @@ def enable_gradient_checkpointing(denoiser: nn.Module, text_encoders: Mapping[st
     denoiser.enable_gradient_checkpointing()
     for encoder in text_encoders.values():
         # keep: reentrant checkpointing gives no gradient to adapters behind frozen embeddings.
-        encoder.gradient_checkpointing_enable({"use_reentrant": False})
+        encoder.activation_checkpointing_enable({"use_reentrant": False})

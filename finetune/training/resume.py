@@ -49,7 +49,7 @@ def restore(
         CheckpointError: if the pictures, the base model or the optimizer are not what the checkpoint was made with.
     """
     problems = dataset_changes(found.documents["dataset"], documents["dataset"])
-    for key, what in (("base", "the base model"), ("optimizer_class", "the optimizer")):
+    for key, what in (("base", "the base model"), ("optimizer_class", "the optimizer"), ("batch", "the batch")):
         before, now = found.documents[key], documents[key]
         problems += [f"{what}: {k} was {before[k]} and is now {now[k]}" for k in before if before[k] != now.get(k)]
     if problems:

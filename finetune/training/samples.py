@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -12,6 +13,7 @@ from finetune.config import SamplesConfig
 from finetune.families.base import Components, ModelFamily
 from finetune.sampling.generate import generate
 from finetune.sampling.grid import Row, contact_sheet
+from finetune.storage import read_json, write_json
 from finetune.tracking import Reporter
 from finetune.training.devices import on_device
 
@@ -43,8 +45,9 @@ class SampleSheets:
         sheet's path.
         """
         sheet = self._folder / f"step-{step:06d}.png"
-        if only_if_missing and sheet.is_file():
+        if only_if_missing and sheet.is_file() and self._same_questions():
             return sheet
+        write_json(self._folder / "questions.json", self._questions())
         seeds = range(self._samples.per_prompt)
         jobs = [(i, prompt, seed) for i, prompt in enumerate(self._samples.prompts) for seed in seeds]
         with (
@@ -69,6 +72,14 @@ class SampleSheets:
             image.save(folder / f"{i:03d}-{seed}.png")
         self._sheet(step, images).save(sheet)
         return sheet
+
+    def _questions(self) -> dict[str, Any]:
+        return {**self._samples.model_dump(mode="json", exclude={"every"}), "resolution": self._resolution}
+
+    def _same_questions(self) -> bool:
+        """Whether the sheets in the folder show the prompts and settings of now."""
+        file = self._folder / "questions.json"
+        return file.is_file() and read_json(file) == self._questions()
 
     def _sheet(self, step: int, images: list[Image.Image]) -> Image.Image:
         count = len(self._samples.prompts)

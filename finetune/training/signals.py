@@ -14,9 +14,11 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self.listening = False
+        """True once the loop runs; before, a stop loses nothing and happens at once."""
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
+        if self.signal is not None or not self.listening:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
 

@@ -73,14 +73,35 @@ def training_step(
     if unreached:
         raise NumericError("Parts of the adapter get no gradient and would never learn:", unreached)
     parameters = list(named.values())
-    norm = accelerator.clip_grad_norm_(parameters, max_grad_norm)
-    assert isinstance(norm, Tensor), "DeepSpeed computes the norm itself and is not supported here"
-    # keep: in fp16 an overflowing gradient is routine: the scaler skips that step by itself and lowers its scale.
-    finite = torch.isfinite(total) if accelerator.scaler else torch.isfinite(norm) & torch.isfinite(total)
-    broken = ~finite
-    for parameter in parameters:
-        assert parameter.grad is not None, "checked above"
-        parameter.grad.masked_fill_(broken, 0.0)
-    optimizer.step()
+    norm, finite = _move_parameters(parameters, optimizer, accelerator.scaler, max_grad_norm, total)
     optimizer.zero_grad(set_to_none=True)
     return StepResult(loss=total, grad_norm=norm, finite=finite)
+
+
+def _move_parameters(
+    parameters: Sequence[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None,
+    max_grad_norm: float,
+    loss: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Clip and step; the gradient's length and whether all was finite.
+
+    Without a scaler a gradient that is not finite is replaced by zeros on the device. With one (fp16) an overflowing
+    gradient is routine: the scaler skips that step and lowers its scale, so only the loss itself is judged.
+    """
+    if scaler is not None:
+        # keep: the optimizer is not prepared by accelerate, so its scaling is undone here.
+        scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    if scaler is not None:
+        scaler.step(optimizer)
+        scaler.update()
+        return torch.where(torch.isfinite(norm), norm, 0.0), torch.isfinite(loss)
+    finite = torch.isfinite(norm) & torch.isfinite(loss)
+    broken = ~finite
+    for parameter in parameters:
+        assert parameter.grad is not None, "checked by the caller"
+        parameter.grad.masked_fill_(broken, 0.0)
+    optimizer.step()
+    return norm, finite

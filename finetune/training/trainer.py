@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,17 @@ from accelerate import Accelerator
 from torch import nn
 
 from finetune.adapters import AdapterFile, AdapterSet
+from finetune.adapters.files import ADAPTER_FILE
 from finetune.config import Run
 from finetune.data.batch import Collator
 from finetune.data.dataset import fingerprint
 from finetune.data.sampler import Sampler
-from finetune.errors import NumericError, StoppedOnRequest
+from finetune.errors import NumericError, ResourceError, StoppedOnRequest
 from finetune.families import Components, ModelFamily, load_family
 from finetune.objectives import Objective
 from finetune.rng import seed_libraries
 from finetune.run_files import dump_run
-from finetune.storage import write_json
+from finetune.storage import disk_errors, write_json
 from finetune.tracking import Advance, MetricsLog, Reporter
 from finetune.training import build, plan, resume
 from finetune.training.checkpoint import TrainState, save_checkpoint
@@ -37,9 +39,6 @@ from finetune.training.samples import SampleSheets
 from finetune.training.signals import StopRequest, stop_on_signal
 from finetune.training.step import StepResult, training_step
 from finetune.training.validation import BANDS, Ratio, Validator
-
-ADAPTER_FILE = "adapter.safetensors"
-"""The finished adapter in the run folder, under canonical names."""
 
 
 @dataclass(frozen=True)
@@ -105,15 +104,31 @@ def train(run: Run, reporter: Reporter | None = None) -> TrainResult:
         StoppedOnRequest: after a checkpoint, when SIGINT or SIGTERM came.
         NumericError: when a loss or gradient is not finite; checkpoints hold the last good state.
     """
-    run.output_dir.mkdir(parents=True, exist_ok=True)
     # keep: of several processes only the first owns the folder; the others read it.
     owned = hold(run.output_dir) if is_main_process() else nullcontext()
-    with owned, stop_on_signal() as stop:
+    with owned, disk_errors(run.output_dir), _memory_errors(), stop_on_signal() as stop:
         loop = _prepare(run, (reporter if is_main_process() else None) or Reporter())
         if loop.sheets:
-            loop.sheets.render(0, loop.reporter, only_if_missing=True)
+            with loop.adapters.disabled():
+                loop.sheets.render(0, loop.reporter, only_if_missing=True)
         _loop(loop, stop)
         return _finish(loop)
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """An accelerator that is full becomes words: what to change, and that nothing saved is lost."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(
+            "The accelerator's memory is full; checkpoints are intact, and the same command goes on from the last one.",
+            [
+                str(error).splitlines()[0],
+                "lower train.batch_size and raise train.gradient_accumulation_steps by the same factor, set "
+                "train.gradient_checkpointing=true, or lower data.resolution",
+            ],
+        ) from None
 
 
 def _prepare(run: Run, reporter: Reporter) -> _Loop:
@@ -131,10 +146,12 @@ def _prepare(run: Run, reporter: Reporter) -> _Loop:
     objective = build.build_run_objective(run, components).to(device)
     cut = build.build_cut(run.data, family, components)
     with accelerator.main_process_first():
-        pictures = build.build_pictures(
-            run.data, cut, run.validation.holdout, run.train.seed, family, components,
-            run.output_dir / "class_images", reporter,
-        )  # fmt: skip
+        pictures = build.build_pictures(run.data, cut, run.validation.holdout, run.train.seed, reporter)
+        if run.data.prior is not None:
+            folder = run.data.prior.folder or run.output_dir / "class_images"
+            pictures = build.add_class_pictures(
+                pictures, run.data.prior, folder, cut, family, components, device, reporter
+            )
         collator = build.build_collator(run, pictures, cut, family, components, device, reporter)
     adapters = build.build_adapters(run, family, components)
     trained_text = components.text_encoders if run.text_encoder_adapter is not None else {}
@@ -154,6 +171,7 @@ def _prepare(run: Run, reporter: Reporter) -> _Loop:
         "dataset": fingerprint(pictures.training),
         "base": {"source": components.source, "digest": components.digest, "dtype": dtype},
         "optimizer_class": {"resolved": optimizer.resolved},
+        "batch": {"pictures per pass over all processes": run.train.batch_size * accelerator.num_processes},
     }
     loop = _Loop(
         run, family, components, adapters, model, objective, optimizer,
@@ -190,10 +208,11 @@ def _loop(loop: _Loop, stop: StopRequest) -> None:
         _record(loop, log, 0, _validate(loop))
     meter = _Meter(accelerator)
     loop.model.train()
+    stop.listening = True
+    before, started = loop.state.seconds, time.perf_counter()
     steps = run.train.steps
     with loop.reporter.progress("Training", steps, loop.state.step) as advance:
         for step in range(loop.state.step, steps):
-            started = time.perf_counter()
             rate = factor(step, steps, run.optimizer.warmup_steps)
             set_learning_rate(loop.optimizer.optimizer, rate)
             draws = loop.sampler.step(step, run.train.gradient_accumulation_steps)
@@ -210,10 +229,11 @@ def _loop(loop: _Loop, stop: StopRequest) -> None:
                 step=step + 1,
                 samples_seen=loop.state.samples_seen + sum(len(d) for d in draws),
                 epoch=loop.sampler.epoch_of((step + 1) * run.train.gradient_accumulation_steps),
-                seconds=loop.state.seconds + time.perf_counter() - started,
+                seconds=before + time.perf_counter() - started,
             )
-            _after_step(loop, log, meter, advance, rate, stopping=_agreed(stop, accelerator))
-            if _agreed(stop, accelerator):
+            stopping = _agreed(stop, accelerator)
+            _after_step(loop, log, meter, advance, rate, stopping=stopping)
+            if stopping:
                 raise StoppedOnRequest(
                     f"Stopped on request after step {step + 1} of {steps}; everything is saved. "
                     "The same command goes on from here."
@@ -243,15 +263,13 @@ def _after_step(
     if due(run.checkpoint.every):
         _save(loop)
     if loop.sheets and run.samples.every and step % run.samples.every == 0 and not last:
-        loop.sheets.render(step, loop.reporter)
+        with loop.ema.swapped() if loop.ema else nullcontext():
+            loop.sheets.render(step, loop.reporter)
 
 
 def _validate(loop: _Loop) -> dict[str, Any]:
     assert loop.validator is not None, "called only when validation is on"
-    if loop.ema:
-        with loop.ema.swapped():
-            ratio = loop.validator.measure(loop.model, loop.adapters, loop.accelerator)
-    else:
+    with loop.ema.swapped() if loop.ema else nullcontext():
         ratio = loop.validator.measure(loop.model, loop.adapters, loop.accelerator)
     loop.validation = ratio
     bands = {f"validation/{band}": value for band, value in zip(BANDS, ratio.bands, strict=False)}

@@ -74,7 +74,7 @@ class Validator:
                 for batch in self._batches
             ]
         model.train(training)
-        return torch.stack(rows).double().cpu()
+        return torch.stack(rows).cpu().double()
 
 
 def compare(losses: Tensor, base: Tensor) -> Ratio:

@@ -103,5 +103,5 @@ print(f"validation loss over the base model's: {trained.validation.value:.3f} +-
 # Each file is read back the way its readers do and compared with what was trained.
 
 # %%
-exported = export_run(run.output_dir, run, run.export.formats, run.output_dir / "exports", reporter)
+exported = export_run(run.output_dir, run, run.output_dir / "exports", reporter)
 reporter.table("Ready to use", exported_rows(exported))

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from finetune import make_run, train
+from finetune import load_run, make_run, train
 from finetune.adapters.files import AdapterFile
 from finetune.errors import CheckpointError, ConfigError, DataError, NumericError
 from finetune.tracking import read_metrics
@@ -141,7 +144,7 @@ def test_two_processes_see_the_training_of_one(document, tmp_path):
     path = tmp_path / "two.yaml"
     path.write_text(json.dumps(document | {"output_dir": str(tmp_path / "two"), "export": {"formats": []}}))
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29544",
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
          "-m", "finetune", "train", str(path)],
         cwd=ROOT, env=ENVIRONMENT | {"ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
@@ -222,3 +225,72 @@ def test_a_broken_picture_is_named_before_the_base_is_trained(document, tmp_path
     with pytest.raises(DataError) as caught:
         train(make_run(document))
     assert "01.png" in str(caught.value) and "02.png" in str(caught.value)
+
+
+def test_a_stop_during_validation_is_saved_too(document, monkeypatch):
+    """The signal may come at any moment between two steps; "everything is saved" must be true each time."""
+    from finetune.errors import StoppedOnRequest
+    from finetune.training import trainer
+
+    validate = trainer._validate
+
+    def interrupted(loop):
+        if loop.state.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return validate(loop)
+
+    monkeypatch.setattr(trainer, "_validate", interrupted)
+    document["train"] = document["train"] | {"steps": 50}
+    document["checkpoint"] = {"every": 1000}
+    with pytest.raises(StoppedOnRequest, match="after step 3"):
+        train(make_run(document))
+    assert [p.name for p in Path(document["output_dir"]).glob("checkpoint-*")] == ["checkpoint-000003"]
+
+
+def test_bf16_base_with_fp32_adapter(document):
+    """The base in half the memory, what is trained in full precision, on the way a GPU takes."""
+    run = make_run(document | {"model": document["model"] | {"dtype": "bf16"}})
+    result = train(run)
+    assert next(result.components.denoiser.parameters()).dtype == torch.bfloat16
+    assert {t.dtype for t in result.adapters.named_parameters().values()} == {torch.float32}
+    assert all(torch.isfinite(t).all() for t in result.adapter.tensors.values())
+
+
+def test_a_moved_run_goes_on_where_it_lies(document, tmp_path, pictures):
+    """From Colab to home, with the photos elsewhere: the content counts, not the folder's name."""
+    document["optimizer"] = {"schedule": "constant", "learning_rate": 1e-3}
+    train(make_run(document))
+    shutil.move(document["output_dir"], tmp_path / "moved")
+    shutil.copytree(pictures, tmp_path / "photos")
+    run = load_run(tmp_path / "moved", values={"train.steps": 6, "data.folder": str(tmp_path / "photos")})
+    assert run.output_dir == tmp_path / "moved"
+    assert train(run).steps == 6
+    assert not Path(document["output_dir"]).exists()
+
+
+def test_class_pictures_of_the_user_come_first(document, tmp_path):
+    """A regularisation folder without captions is fine; rendered pictures only fill it up."""
+    folder = tmp_path / "class"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for i in range(3):
+        Image.fromarray(generator.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(folder / f"mine{i}.png")
+    prior = {"prompts": ["a robot"], "images": 4, "inference_steps": 2, "folder": str(folder)}
+    document["data"] = document["data"] | {"prior": prior}
+    run = make_run(document)
+    train(run)
+    checkpoint = sorted(run.output_dir.glob("checkpoint-*"))[-1]
+    used = json.loads((checkpoint / "dataset.json").read_text())
+    assert sorted(k for k in used if k.startswith("class/")) == [
+        "class/class-00000.png", "class/mine0.png", "class/mine1.png", "class/mine2.png"
+    ]  # fmt: skip
+
+
+def test_a_tracker_that_is_not_installed_is_refused(document, monkeypatch):
+    """accelerate would drop it in silence, and the curves with it."""
+    from finetune.training import build
+
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
+    document["train"] = document["train"] | {"trackers": ["wandb"]}
+    with pytest.raises(ConfigError, match="pip install wandb"):
+        train(make_run(document))
