@@ -24,7 +24,7 @@ def _lines(model: type[BaseModel], document: dict[str, Any], indent: str) -> Ite
         meaning = model.model_fields[name].description or (section.__doc__ if section else "") or ""
         if not indent:
             yield ""
-        for line in _wrap(" ".join(meaning.split()), 110 - len(indent)):
+        for line in _wrap(" ".join(meaning.split()).replace("None", "null"), 110 - len(indent)):
             yield f"{indent}# {line}"
         if section and isinstance(value, dict):
             yield f"{indent}{name}:"

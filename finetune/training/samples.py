@@ -87,4 +87,5 @@ class SampleSheets:
             Row(label=f"seed {seed}", images=images[seed :: self._samples.per_prompt][:count])
             for seed in range(self._samples.per_prompt)
         ]
-        return contact_sheet(rows, columns=list(self._samples.prompts), title=f"After {step} steps")
+        title = f"After {step} steps" if step else "The base model"
+        return contact_sheet(rows, columns=list(self._samples.prompts), title=title)
