@@ -26,18 +26,20 @@ class Artifact:
         folder: everything that was built, listed with hashes in its manifest.json.
         ratio: validation loss over the base model's.
         error: its standard error over pictures.
+        judged_on: what it was measured on, in words.
         exported: the files with their verification.
     """
 
     folder: Path
     ratio: float
     error: float
+    judged_on: str
     exported: list[Exported]
 
     def rows(self) -> list[tuple[str, str]]:
         """For a table."""
         return [
-            ("Loss against the base", f"{self.ratio:.3f} +- {self.error:.3f}"),
+            ("Loss against the base", f"{self.ratio:.3f} +- {self.error:.3f} on {self.judged_on}"),
             *exported_rows(self.exported),
             ("Model card", str(self.folder / "README.md")),
             ("Files and hashes", str(self.folder / "manifest.json")),
@@ -63,6 +65,11 @@ def build_artifact(
     """
     _check(run, output)
     reporter = reporter or Reporter()
+    if not run.validation.holdout:
+        reporter.warn(
+            "validation.holdout=0: the gate judges pictures that are trained on, so it cannot see overfitting; "
+            "set aside 2 or more"
+        )
     result = train(run, reporter)
     if not result.is_main_process:
         return None
@@ -70,7 +77,8 @@ def build_artifact(
     ratio, error = result.validation.value, result.validation.error
     if not ratio <= max_ratio:
         raise NumericError(
-            f"The gate is not passed: loss over base is {ratio:.3f} +- {error:.3f}, allowed is {max_ratio:g}.",
+            f"The gate is not passed: loss over base is {ratio:.3f} +- {error:.3f} on {result.judged_on}, allowed is "
+            f"{max_ratio:g}.",
             [
                 f"look at {run.output_dir / 'metrics.jsonl'} and the samples; more steps, another learning rate or a "
                 "larger rank may help; --max-ratio sets the gate"
@@ -81,13 +89,15 @@ def build_artifact(
         _papers(run, result, exported, folder)
         write_manifest(folder)
     final = [_moved(item, output) for item in exported]
-    return Artifact(output, ratio, error, final)
+    return Artifact(output, ratio, error, result.judged_on, final)
 
 
 def _check(run: Run, output: Path) -> None:
     problems = []
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         problems.append(f"{output} already holds something; name a new folder, so that nothing old gets in")
+    if output.is_mount():
+        problems.append(f"{output} is a mounted folder and cannot appear as a whole; name a folder inside it")
     if not run.validation.every:
         problems.append("validation.every=0 leaves nothing to score by; set it to a number of steps")
     if problems:
@@ -103,6 +113,7 @@ def _papers(run: Run, result: TrainResult, exported: list[Exported], folder: Pat
         {
             "loss_over_base": validation.value,
             "standard_error": validation.error,
+            "judged_on": result.judged_on,
             "bands": list(validation.bands),
             "steps": result.steps,
             "run_digest": run.digest(),
@@ -118,12 +129,17 @@ def _papers(run: Run, result: TrainResult, exported: list[Exported], folder: Pat
     write_card(
         folder,
         Card(
-            title=run.export.name,
+            title=run.export_name(),
             base=result.adapter.header.base,
             trigger_words=result.adapter.header.trigger_words,
             kohya_file=files.get("kohya", ""),
             diffusers_file=files.get("diffusers", ""),
-            figures=[("validation loss over base", f"{validation.value:.3f} +- {validation.error:.3f}")],
+            figures=[
+                (
+                    "loss over the base model's",
+                    f"{validation.value:.3f} +- {validation.error:.3f} on {result.judged_on}",
+                )
+            ],
             training=[
                 ("steps", str(result.steps)),
                 ("rank", str(run.adapter.rank)),

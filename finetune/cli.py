@@ -149,7 +149,8 @@ def _train_and_export(run: Run) -> None:
         exported = finetune.export_run(run.output_dir, run, run.output_dir / "exports", reporter)
         rows = finetune.exported_rows(exported)
     if result.validation:
-        rows.insert(0, ("Loss against the base", f"{result.validation.value:.3f} +- {result.validation.error:.3f}"))
+        value, error = result.validation.value, result.validation.error
+        rows.insert(0, ("Loss against the base", f"{value:.3f} +- {error:.3f} on {result.judged_on}"))
     reporter.table("Done", rows)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -208,8 +209,8 @@ class ExportConfig(Section):
     """diffusers and peft for Python; kohya for ComfyUI, A1111, Forge and InvokeAI; merged: a whole pipeline folder."""
     dtype: Literal["fp32", "fp16", "bf16"] = "fp16"
     """Number format of the exported tensors."""
-    name: str = Field(default="adapter", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
-    """File name of the kohya file, without ending; also the title readers show."""
+    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    """File name of the kohya file, without ending; also the title readers show. None: the name of output_dir."""
 
 
 class Run(Section):
@@ -236,6 +237,11 @@ class Run(Section):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def export_name(self) -> str:
+        """What the exported adapter is called."""
+        folder = re.sub(r"[^A-Za-z0-9_-]+", "-", self.output_dir.resolve().name).strip("-_")
+        return self.export.name or folder or "adapter"
 
     def digest(self) -> str:
         """SHA-256 over everything that decides the result (not where it is written, nor how often it is logged)."""
@@ -278,6 +284,11 @@ def differences(old: Run, new: Run) -> list[str]:
     return [f"{key} was {before.get(key)!r} and is now {after.get(key)!r}" for key in changed]
 
 
+def has_word(text: str, word: str) -> bool:
+    """Whether a word or phrase stands in a text as such: sks in "a sks, running", but not in "desks"."""
+    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text) is not None
+
+
 def contradictions(run: Run) -> list[str]:
     """Combinations of fields that cannot work together, each with the way out."""
     problems = []
@@ -289,7 +300,7 @@ def contradictions(run: Run) -> list[str]:
     if run.data.captions == "template" and not run.data.caption_template:
         problems.append("data.captions=template needs data.caption_template, e.g. \"a photo of sks dog\"")
     trigger, template = run.data.trigger, run.data.caption_template
-    if trigger and template and trigger not in template:
+    if trigger and template and not has_word(template, trigger):
         problems.append(
             f"data.trigger={trigger!r} does not stand in data.caption_template={template!r}, so the trigger would not "
             "be learned; put it into the template or drop data.trigger"
@@ -299,9 +310,9 @@ def contradictions(run: Run) -> list[str]:
             f"data.prior.prompts has {prompt!r}, which contains the trigger {trigger!r}: class pictures would teach "
             "the ordinary class under the subject's name; take the trigger out of the class prompt"
             for prompt in run.data.prior.prompts
-            if trigger in prompt.split()
+            if has_word(prompt, trigger)
         ]
-    if run.export.name == "pytorch_lora_weights" or run.export.name.endswith("."):
+    if run.export.name and (run.export.name == "pytorch_lora_weights" or run.export.name.endswith(".")):
         problems.append(
             f"export.name={run.export.name} is the name of the diffusers file or ends in a dot; choose another, it "
             "becomes the file for ComfyUI and A1111"

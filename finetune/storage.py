@@ -14,6 +14,7 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -241,7 +242,8 @@ def _replacing(path: Path, size: int) -> Iterator[Path]:
 
 
 def _beside(path: Path, kind: str) -> Path:
-    return path.parent / f".{path.name}.{kind}-{os.getpid()}"
+    # keep: process numbers repeat across containers that share a disk.
+    return path.parent / f".{path.name}.{kind}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 def _open_new(name: str, flags: int) -> int:

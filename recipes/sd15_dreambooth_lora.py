@@ -21,8 +21,8 @@ RUN = make_run(
         "adapter": {"rank": 16},
         "text_encoder_adapter": {"rank": 8, "learning_rate": 5e-5},  # half the UNet's rate: text encoders overfit first
         "optimizer": {"learning_rate": 1e-4, "schedule": "constant"},
-        "train": {"steps": 800, "batch_size": 2},  # one subject and one class picture per step
-        "validation": {"every": 200},
+        "train": {"steps": 800, "batch_size": 2},  # a subject and a class picture each where they share a size
+        "validation": {"every": 200, "holdout": 2},
         "samples": {"prompts": ["a photo of sks dog on a beach", "a photo of a dog on a beach"]},
         "checkpoint": {"every": 200},
         "output_dir": "runs/sd15-dreambooth",

@@ -15,7 +15,7 @@ RUN = make_run(
         "objective": {"weighting": "min_snr"},  # gamma 5: Hang et al. 2023, fewer steps for the same quality
         "optimizer": {"learning_rate": 1e-4, "schedule": "cosine", "warmup_steps": 50},
         "train": {"steps": 1500, "batch_size": 2},  # 100 to 200 looks at each of 15 to 30 pictures
-        "validation": {"every": 250},
+        "validation": {"every": 250, "holdout": 2},
         "checkpoint": {"every": 250},
         "output_dir": "runs/sd15-lora",
     }

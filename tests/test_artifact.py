@@ -33,7 +33,7 @@ def test_build_makes_an_artifact_that_proves_itself(document, tmp_path, capsys, 
     assert score["steps"] == 4 and 0 < score["loss_over_base"] < 1.5
     assert score["exports"].keys() == {"diffusers", "kohya"}
     card = (dist / "README.md").read_text()
-    assert "sks" in card and "validation loss over base" in card
+    assert "sks" in card and "on 2 held-out pictures" in card
     pipe = StableDiffusionPipeline.from_pretrained(document["model"]["base"], safety_checker=None)
     pipe.load_lora_weights(dist)
     assert pipe.get_active_adapters()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 
+from finetune import config
 from finetune.config import Run, differences, flatten
 from finetune.errors import ConfigError
 from finetune.run_files import dump_run, load_run, make_run, recipe_names
@@ -115,6 +117,43 @@ def test_a_constant_run_may_be_made_longer():
 def test_flatten_names_every_leaf():
     """Dotted names are what --set takes."""
     assert flatten(make_run(SMALL))["optimizer.learning_rate"] == 1e-4
+
+
+def choices(section, field):
+    """The names that a field accepts."""
+    kind = section.model_fields[field].annotation
+    names = get_args(kind)
+    while names and not isinstance(names[0], str):
+        kind = next(inner for inner in names if inner not in (type(None), Ellipsis))
+        names = get_args(kind)
+    return set(names)
+
+
+def test_what_can_be_chosen_is_what_there_is():
+    """A table entry that no field accepts cannot be used; a name without an entry crashes late."""
+    from data_tools.captioners import CAPTIONERS
+    from finetune import objectives
+    from finetune.adapters import METHODS
+    from finetune.export import FORMATS
+    from finetune.training.lr_schedules import LR_SCHEDULES
+    from finetune.training.optimizers import OPTIMIZERS
+
+    assert choices(config.ObjectiveConfig, "prediction") == set(objectives.PREDICTIONS)
+    assert choices(config.ObjectiveConfig, "density") == set(objectives.DENSITIES)
+    assert choices(config.ObjectiveConfig, "weighting") == set(objectives.WEIGHTINGS)
+    assert choices(config.ObjectiveConfig, "loss") == set(objectives.LOSSES)
+    assert choices(config.AdapterConfig, "method") == set(METHODS)
+    assert choices(config.OptimizerConfig, "name") == set(OPTIMIZERS)
+    assert choices(config.OptimizerConfig, "schedule") == set(LR_SCHEDULES)
+    assert choices(config.ExportConfig, "formats") == set(FORMATS)
+    assert choices(config.DataConfig, "captions") == {"auto", *CAPTIONERS}
+
+
+def test_a_trigger_is_a_word_of_its_own():
+    """sks does not stand in desks, and does stand before a comma."""
+    assert config.has_word("a photo of sks, outdoors", "sks")
+    assert config.has_word("a sks dog in snow", "sks dog")
+    assert not config.has_word("two desks", "sks")
 
 
 def test_help_answers_at_once():

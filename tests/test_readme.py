@@ -53,7 +53,7 @@ def test_your_own_pictures_in_five_lines(tiny_base, tmp_path):
             line, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
-    assert "adapter.safetensors" in done.stdout
+    assert "sd15-dreambooth.safetensors" in done.stdout
 
 
 def test_the_python_example_runs(tiny_base, tmp_path, pictures, monkeypatch):
@@ -61,10 +61,10 @@ def test_the_python_example_runs(tiny_base, tmp_path, pictures, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").symlink_to(pictures)
     extra = {"model.base": str(tiny_base), "model.variant": None, "train.steps": 2, "optimizer.warmup_steps": 0,
-             "data.resolution": 64}  # fmt: skip
+             "data.resolution": 64, "validation.holdout": 1}  # fmt: skip
     code = block("Four doors", "python")
     exec(code.replace('"output_dir": "runs/mine"', f'"output_dir": "runs/mine", **{extra!r}'), {})
-    assert (tmp_path / "runs" / "mine" / "exports" / "adapter.safetensors").exists()
+    assert (tmp_path / "runs" / "mine" / "exports" / "mine.safetensors").exists()
 
 
 @pytest.mark.parametrize("path", re.findall(r"\]\(([^)#:]+)\)", README))

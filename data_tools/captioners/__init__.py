@@ -108,7 +108,9 @@ def _name_the_uncaptioned(listing: Listing, answer: Answer, captions: str) -> No
                     "has no caption",
                     f"nothing was found for captions={captions!r}",
                     "write a text file of the same name beside it, put it in a folder named N_name, "
-                    'give --template "a photo of ...", or ask for --captions filename',
+                    'give one caption for all (scan: --template "a photo of ..."; training: '
+                    "data.caption_template), or take file names (scan: --captions filename; training: "
+                    "data.captions=filename)",
                 ),
             )
 

@@ -19,8 +19,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from data_tools import buckets, scan
+from data_tools.fingerprints import sha256
 from finetune.data.dataset import Colour, Picture
-from finetune.errors import CheckpointError, NumericError
+from finetune.errors import CheckpointError, DataError, NumericError
 from finetune.families.base import Conditioning, Latents
 from finetune.storage import read_safetensors, write_safetensors
 
@@ -162,7 +163,10 @@ class TextCache:
 def pixel_values(entry: Entry, background: Colour) -> Tensor:
     """A picture as the autoencoder reads it: cut to its bucket, shape (3, H, W), fp32 in [-1, 1]."""
     picture = entry.picture
-    image = buckets.cut(scan.load_image(picture.path, background=background), picture.placement)
+    image = scan.load_image(picture.path, background=background)
+    if sha256(picture.path.read_bytes()) != picture.sha256:
+        raise DataError(f"{picture.path.name} was changed while the run was being prepared; start the command again.")
+    image = buckets.cut(image, picture.placement)
     if entry.mirrored:
         image = ImageOps.mirror(image)
     return to_tensor(image)

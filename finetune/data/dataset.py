@@ -10,8 +10,10 @@ from typing import Any
 
 from data_tools import buckets, scan
 from data_tools.buckets import Placement
+from data_tools.errors import grouped
 from data_tools.records import ImageRecord
 from data_tools.scan import Problem
+from finetune.config import has_word
 from finetune.data.sampler import Item
 from finetune.errors import ConfigError, DataError
 from finetune.rng import python_rng
@@ -91,7 +93,7 @@ def load_pictures(
         raise DataError(f"data.folder={folder} is no folder; name the folder that holds the pictures.")
     result = scan.scan(folder, captions=captions, template=template, background=cut.background, progress=progress)
     role = "class" if is_class else "instance"
-    errors = [f"{p.file_name}: {p.what}; {p.why}; {p.remedy}" for p in result.problems if p.severity == "error"]
+    errors = grouped([p for p in result.problems if p.severity == "error"])
     for record in result.records:
         if record.mask_file is not None:
             errors.append(f"{record.file_name}: has a mask, and training with masks is not possible yet; take it out")
@@ -153,7 +155,7 @@ def check_trigger(pictures: Sequence[Picture], trigger: str | None) -> None:
         f"{p.path.name}: {caption!r} does not hold the trigger {trigger!r}; add it to the caption or drop data.trigger"
         for p in pictures
         for caption in p.captions
-        if trigger not in caption
+        if not has_word(caption, trigger)
     ]
     if missing:
         raise DataError("Some captions would not teach the trigger word:", missing)

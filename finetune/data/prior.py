@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
+from data_tools.images import SUFFIXES
 from finetune.config import PriorConfig
 from finetune.data.dataset import Picture
 from finetune.errors import DataError
@@ -20,18 +25,20 @@ RECORD = "class_images.json"
 """What the generated pictures of a folder were made with."""
 RENDERED = "class-"
 """How the names of rendered pictures begin; all others are the user's."""
-_PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
 def fill(
-    folder: Path, prior: PriorConfig, family: ModelFamily, components: Components, resolution: int,
-    reporter: Reporter,
+    folder: Path, prior: PriorConfig, family: ModelFamily, components: Components,
+    sizes: Sequence[tuple[int, int]], reporter: Reporter,
 ) -> int:  # fmt: skip
     """Render class pictures until the folder holds `prior.images`; how many were rendered now.
 
     Picture i gets prompt i (going round the prompts) and a seed that depends on i only, so a stopped call goes on
     where it was, and a finished folder serves every run on the same base, whatever that run's own seed. Pictures the
     user put there count.
+
+    Args:
+        sizes: (height, width) in pixels, used in turn; usually those of the subject's pictures.
 
     Raises:
         DataError: if the folder holds pictures rendered with another base, other prompts or other settings.
@@ -40,32 +47,29 @@ def fill(
     made_with = {
         "base_digest": components.digest,
         "prompts": list(prior.prompts),
-        "resolution": resolution,
         "inference_steps": prior.inference_steps,
         "guidance_scale": prior.guidance_scale,
     }
     _check_record(folder, made_with)
-    own = [p for p in folder.iterdir() if p.suffix.lower() in _PICTURES and not p.name.startswith(RENDERED)]
+    own = [p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith(RENDERED)]
     wanted = [folder / f"{RENDERED}{i:05d}.png" for i in range(max(0, prior.images - len(own)))]
     missing = [i for i, path in enumerate(wanted) if not (path.is_file() and path.with_suffix(".txt").is_file())]
     if not missing:
         return 0
     write_json(folder / RECORD, made_with)
     with reporter.progress("Rendering class pictures", len(wanted), len(wanted) - len(missing)) as advance:
-        for start in range(0, len(missing), prior.batch_size):
-            batch = missing[start : start + prior.batch_size]
+        for done, batch in _batches(missing, sizes, prior.batch_size):
+            height, width = sizes[batch[0] % len(sizes)]
             prompts = [prior.prompts[i % len(prior.prompts)] for i in batch]
             images = generate(
                 family, components, prompts, seeds=[seed_for(0, "class picture", i) % 2**31 for i in batch],
-                steps=prior.inference_steps, guidance_scale=prior.guidance_scale, height=resolution, width=resolution,
+                steps=prior.inference_steps, guidance_scale=prior.guidance_scale, height=height, width=width,
                 batch_size=prior.batch_size,
             )  # fmt: skip
             for i, prompt, image in zip(batch, prompts, images, strict=True):
-                partial = wanted[i].with_suffix(".partial")
-                image.save(partial, format="PNG")
                 write_text(wanted[i].with_suffix(".txt"), prompt + "\n")
-                partial.replace(wanted[i])
-            advance(len(wanted) - len(missing) + start + len(batch), "")
+                _publish(image, wanted[i])
+            advance(len(wanted) - len(missing) + done, "")
     return len(missing)
 
 
@@ -74,6 +78,34 @@ def chosen(pictures: Sequence[Picture], images: int) -> list[Picture]:
     own = [p for p in pictures if not p.path.name.startswith(RENDERED)]
     rendered = [p for p in pictures if p.path.name.startswith(RENDERED)]
     return [*own, *rendered[: max(0, images - len(own))]]
+
+
+def _batches(
+    missing: Sequence[int], sizes: Sequence[tuple[int, int]], batch_size: int
+) -> Iterator[tuple[int, list[int]]]:
+    """Numbers of pictures of one size that are rendered together, with how many are done after them."""
+    done = 0
+    for size in sorted(set(sizes)):
+        same = [i for i in missing if sizes[i % len(sizes)] == size]
+        for start in range(0, len(same), batch_size):
+            batch = same[start : start + batch_size]
+            done += len(batch)
+            yield done, batch
+
+
+def _publish(image: Image.Image, path: Path) -> None:
+    """Save whole or not at all; a picture that another job made meanwhile stays, for it may be in use."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".partial", delete=False) as stream:
+        image.save(stream, format="PNG")
+    partial = Path(stream.name)
+    partial.chmod(0o644)
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a disk without hard links, such as a mounted drive
+        partial.replace(path)
+    partial.unlink(missing_ok=True)
 
 
 def _check_record(folder: Path, made_with: dict[str, Any]) -> None:

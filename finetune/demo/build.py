@@ -139,7 +139,7 @@ def build_checker(plan: Plan) -> None:
     if report.exists() and file.exists():
         return
     vae = final_autoencoder(plan)
-    count = max(200, plan.pictures * 3 // 5)
+    count = max(40, plan.pictures * 3 // 5)
     checker, progress = train_checker(vae, plan.settings("checker", 64, 2e-3, ema_decay=0.995), file, count)
     found = validate_checker(checker, vae, count=min(2000, count))
     report.write_text(json.dumps({**found, "samples": progress.samples}, indent=1))
@@ -161,7 +161,7 @@ def build_base(plan: Plan) -> None:
         figures["checker report"] = json.loads(report.read_text()) if report.exists() else None
         figures["megabytes"] = round(folder_megabytes(folder), 1)
         (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-        write_sheet(pipeline, folder / "samples.png")
+        write_sheet(pipeline, folder / "samples.png", min(60, plan.prompts))
         write_card(figures, folder / "README.md")
     logger.info("base: %s", figures["plain prompts"])
 

@@ -166,7 +166,7 @@ def validate_checker(checker: Checker, vae: AutoencoderKL, count: int = 2000) ->
     report: dict[str, object] = {"true": accuracy(checker.net, pictures, labels)}
     report["reconstructed"] = accuracy(checker.net, rebuilt, labels)
     report["n"] = count
-    each = max(20, count // 10)
+    each = max(8, count // 10)
     for subject in SUBJECTS.values():
         name = f"{subject.trigger} {subject.class_word}"
         shown = np.stack([subject_array(subject.name, np.random.default_rng((23, i))) for i in range(each)])

@@ -20,8 +20,9 @@ BETAS = (1e-4, 0.02)
 EMPTY_CAPTIONS = 0.1
 # Share of the budget spent on single plain objects before anything else is mixed in.
 SIMPLE_FIRST = 0.6
-# Until this share of the budget most pictures show a large object in the middle: shapes are the hardest to learn.
-LARGE_FIRST, LARGE_SHARE = 0.4, 0.6
+# Up to this share of the budget most pictures show a large object in the middle, because shapes are the hardest to
+# learn; later most show one of another size or elsewhere. FORCED of the pictures are drawn from that half alone.
+LARGE_FIRST, FORCED = 0.5, 0.6
 
 
 def new_unet(width: int = 128, seed: int = 2, channels: tuple[int, ...] = (64, 128, 128)) -> UNet2DConditionModel:
@@ -81,10 +82,11 @@ class Drawn:
         """What the stored picture shows."""
         return random_scene(np.random.default_rng((self.seed, index)), self.plain, self.mixed)
 
-    def large(self) -> list[int]:
-        """Indices of the pictures with a large object in the middle."""
-        scenes = (self.scene(index) for index in range(len(self.latents)))
-        return [i for i, s in enumerate(scenes) if (s.size, s.position, s.second) == ("large", "center", None)]
+    def split(self) -> tuple[list[int], list[int]]:
+        """Indices of the pictures with a large object in the middle, and of all others."""
+        scenes = [self.scene(index) for index in range(len(self.latents))]
+        large = [(s.size, s.position) == ("large", "center") for s in scenes]
+        return [i for i, hit in enumerate(large) if hit], [i for i, hit in enumerate(large) if not hit]
 
 
 def drawn_pictures(seed: int, indices: range, plain: float, mixed: float) -> np.ndarray:
@@ -123,14 +125,15 @@ def denoising_loss(
 ) -> LossFunction:
     """The loss of one step: mean squared error of the velocity over stratified noise levels."""
     alphas, sigmas = signal_and_noise()
-    large = single.large()
+    large, others = single.split()
 
     def loss_of(share: float, rng: np.random.Generator, generator: torch.Generator) -> Tensor:
         extra = mixed_share if share > SIMPLE_FIRST else 0.0
         sources = [mixed if rng.random() < extra else single for _ in range(batch)]
         indices = [int(rng.integers(len(source.latents))) for source in sources]
-        if large and share < LARGE_FIRST:
-            indices = [large[i % len(large)] if rng.random() < LARGE_SHARE else i for i in indices]
+        wanted = large if share < LARGE_FIRST else others
+        forced = [source is single and rng.random() < FORCED for source in sources]
+        indices = [wanted[i % len(wanted)] if force else i for i, force in zip(indices, forced, strict=True)]
         latents = torch.stack([s.latents[i] for s, i in zip(sources, indices, strict=True)]).float()
         captions = [caption_of(s, i, rng) for s, i in zip(sources, indices, strict=True)]
         tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids

@@ -113,8 +113,9 @@ class Loop:
                 self.average[name].copy_(stored[f"average.{name}"])
                 self.optimizer.state[p] = {
                     "step": torch.tensor(float(self.progress.step)),
-                    "exp_avg": stored[f"first.{name}"].contiguous(memory_format=torch.preserve_format),
-                    "exp_avg_sq": stored[f"second.{name}"],
+                    # keep: the fused kernel walks raw memory, so moments must lie as their parameter does.
+                    "exp_avg": torch.empty_like(p).copy_(stored[f"first.{name}"]),
+                    "exp_avg_sq": torch.empty_like(p).copy_(stored[f"second.{name}"]),
                 }
 
     def save(self) -> None:

@@ -19,7 +19,7 @@ from finetune.demo.subjects import PROMPTS, Prompt, neon_array, subject_array
 from finetune.demo.world import COLOURS, OBJECTS, draw_array, random_scene
 
 STEPS = 20
-GUIDANCE = 4.0
+GUIDANCE = 3.0
 
 
 @torch.no_grad()
@@ -99,16 +99,16 @@ def sheet_prompts() -> list[str]:
     return [f"a {name}" for name in OBJECTS] + [p.prompt for p in PROMPTS.ordinary_prompts(24, seed=1)] + full
 
 
-def write_sheet(pipeline: StableDiffusionPipeline, file: Path, seed: int = 0) -> None:
-    """Write the sample sheet as a PNG of at most 128 colours, which keeps it small."""
-    picture = sheet(sample(pipeline, sheet_prompts(), seed), 12)
+def write_sheet(pipeline: StableDiffusionPipeline, file: Path, count: int = 60, seed: int = 0) -> None:
+    """Write the sample sheet (its first `count` pictures) as a PNG of at most 128 colours, which keeps it small."""
+    picture = sheet(sample(pipeline, sheet_prompts()[:count], seed), 12)
     picture.quantize(128).save(file, optimize=True)
 
 
 def measure(pipeline: StableDiffusionPipeline, checker: Checker, prompts: int, seeds: int) -> dict[str, object]:
     """All figures of the card."""
     return {
-        "autoencoder": autoencoder_report(pipeline.vae, count=min(200, 10 + prompts)),
+        "autoencoder": autoencoder_report(pipeline.vae, count=min(200, prompts)),
         "plain prompts": follow(pipeline, checker, PROMPTS.ordinary_prompts(prompts), seeds),
         "full prompts": follow(pipeline, checker, PROMPTS.full_prompts(prompts), seeds),
         "prompts": prompts,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,6 +16,7 @@ from finetune.errors import CheckpointError
 from finetune.export import Exported, export
 from finetune.export.job import Papers
 from finetune.families import load_family
+from finetune.storage import read_json
 from finetune.tracking import Reporter
 
 
@@ -45,8 +49,11 @@ def export_run(
             f"{path} was trained on the base {file.header.base} with digest {file.header.base_digest[:12]}; "
             f"model.base={run.model.base} has {components.digest[:12]}. Name the base it was trained on."
         )
+    pictures = _dataset(run_folder)
     papers = Papers(
-        title=run.export.name,
+        title=run.export_name(),
+        images=len(pictures) if pictures else None,
+        dataset_digest=hashlib.sha256(json.dumps(pictures, sort_keys=True).encode()).hexdigest() if pictures else "",
         resolution=run.data.resolution or family.native_resolution(components),
         learning_rate=run.adapter.learning_rate or run.optimizer.learning_rate,
         optimizer=run.optimizer.name,
@@ -55,10 +62,17 @@ def export_run(
     with (reporter or Reporter()).progress("Exporting and reading back", 1) as advance:
         done = export(
             file, family, components, output,
-            name=run.export.name, formats=run.export.formats, dtype=run.export.dtype, papers=papers, force=force,
+            name=run.export_name(), formats=run.export.formats, dtype=run.export.dtype, papers=papers, force=force,
         )  # fmt: skip
         advance(1, "")
     return done
+
+
+def _dataset(run_folder: Path) -> dict[str, Any]:
+    """The subject's pictures as the run recorded them; empty for a folder without a record."""
+    record = run_folder / "dataset.json"
+    known = read_json(record) if record.is_file() else {}
+    return {name: facts for name, facts in known.items() if name.startswith("instance/")}
 
 
 def exported_rows(exported: Sequence[Exported]) -> list[tuple[str, str]]:

@@ -117,7 +117,7 @@ def detect(families: Mapping[str, ModelFamily], folder: Path, base: str) -> Mode
 
 
 def _digests(family: ModelFamily, folder: Path, variant: str | None) -> dict[str, str]:
-    """SHA-256 per part over the weight files that were loaded, in the order of their names."""
+    """SHA-256 per part over the weight files that were loaded, its configuration and, for text, its tokenizer."""
     parts = {"denoiser": family.denoiser, "vae": "vae", **{name: name for name in family.text_encoders}}
     found = {}
     for key, subfolder in parts.items():
@@ -125,6 +125,10 @@ def _digests(family: ModelFamily, folder: Path, variant: str | None) -> dict[str
         every = sorted((folder / subfolder).glob("*.safetensors"))
         own = [file for file in every if variant and f".{variant}" in file.name]
         files = own or [file for file in every if file.name.count(".") == 1]
+        files += sorted((folder / subfolder).glob("config.json"))
+        if key in family.text_encoders:
+            tokenizer = folder / subfolder.replace("text_encoder", "tokenizer")
+            files += [file for file in sorted(tokenizer.glob("*")) if file.suffix in {".json", ".txt"}]
         found[key] = hashlib.sha256("".join(sha256_file(file) for file in files).encode()).hexdigest()
     return found
 

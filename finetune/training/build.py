@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -132,9 +133,13 @@ def add_class_pictures(
     pictures: Pictures, config: PriorConfig, folder: Path, cut: Cut, family: ModelFamily, components: Components,
     device: torch.device, reporter: Reporter,
 ) -> Pictures:  # fmt: skip
-    """Fill the class folder with the base model, on `device`, and add its pictures to the training ones."""
+    """Fill the class folder with the base model, on `device`, and add its pictures to the training ones.
+
+    They are rendered in the sizes of the subject's buckets, so that both share batches.
+    """
+    sizes = [p.placement.bucket for p in pictures.training]
     with on_device(list(components.modules().values()), device):
-        generated = prior.fill(folder, config, family, components, cut.resolution, reporter)
+        generated = prior.fill(folder, config, family, components, sizes, reporter)
     # keep: braces are placeholders in templates and plain characters in prompts.
     prompt = config.prompts[0].replace("{", "{{").replace("}", "}}")
     others, problems = load_pictures(
@@ -216,8 +221,10 @@ def build_collator(
     copies = 2 if run.data.flip else 1
     with reporter.progress("Encoding pictures", len(pictures.all) * copies) as advance, on_device([vae], device):
         latents.prepare(
-            pictures.all, flip=run.data.flip, encode=encode, batch_size=8, progress=count_only(advance)
-        )
+            # keep: fp32 activations of one 1024 px picture take gigabytes on a GPU.
+            pictures.all, flip=run.data.flip, encode=encode, batch_size=8 if device.type == "cpu" else 2,
+            progress=count_only(advance),
+        )  # fmt: skip
     for path in latents.damaged:
         reporter.warn(f"{path.name} in the cache was damaged and is encoded again")
     tokenize = partial(family.tokenize, components.tokenizers)
@@ -244,6 +251,11 @@ def build_collator(
 def _describe(family: ModelFamily, components: Components, device: torch.device, captions: list[str]) -> Conditioning:
     tokens = {name: ids.to(device) for name, ids in family.tokenize(components.tokenizers, captions).items()}
     return family.encode_prompts(components.text_encoders, tokens)
+
+
+def schedule_digest(components: Components) -> str:
+    """One digest over the base's noise schedule: another prediction type is another objective."""
+    return hashlib.sha256(json.dumps(components.scheduler_config, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def text_digest(components: Components) -> str:

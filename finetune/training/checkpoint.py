@@ -34,7 +34,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 NAME = re.compile(r"checkpoint-(\d{6,})")
 """Everything else in the folder is somebody else's and is never read, counted or deleted."""
-LEFTOVER = re.compile(r"\.checkpoint-\d{6,}\.(part|old)-\d+")
+LEFTOVER = re.compile(r"\.checkpoint-\d{6,}\.(part|old)-\d+(-[0-9a-f]{8})?")
 """What a killed writer leaves behind."""
 
 

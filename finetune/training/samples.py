@@ -45,9 +45,9 @@ class SampleSheets:
         sheet's path.
         """
         sheet = self._folder / f"step-{step:06d}.png"
-        if only_if_missing and sheet.is_file() and self._same_questions():
+        questions = self._folder / sheet.stem / "questions.json"
+        if only_if_missing and questions.is_file() and read_json(questions) == self._questions():
             return sheet
-        write_json(self._folder / "questions.json", self._questions())
         seeds = range(self._samples.per_prompt)
         jobs = [(i, prompt, seed) for i, prompt in enumerate(self._samples.prompts) for seed in seeds]
         with (
@@ -71,15 +71,12 @@ class SampleSheets:
         for (i, _, seed), image in zip(jobs, images, strict=True):
             image.save(folder / f"{i:03d}-{seed}.png")
         self._sheet(step, images).save(sheet)
+        write_json(questions, self._questions())
         return sheet
 
     def _questions(self) -> dict[str, Any]:
+        """Written after a sheet's pictures: prompts or settings that changed since make a new sheet."""
         return {**self._samples.model_dump(mode="json", exclude={"every"}), "resolution": self._resolution}
-
-    def _same_questions(self) -> bool:
-        """Whether the sheets in the folder show the prompts and settings of now."""
-        file = self._folder / "questions.json"
-        return file.is_file() and read_json(file) == self._questions()
 
     def _sheet(self, step: int, images: list[Image.Image]) -> Image.Image:
         count = len(self._samples.prompts)

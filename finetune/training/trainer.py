@@ -51,6 +51,7 @@ class TrainResult:
         steps: optimizer steps in all.
         seconds: time spent in the loop, over all resumed parts.
         validation: the last ratio to the base model, or None when validation is off.
+        judged_on: what it was measured on, in words: held-out pictures, or a probe of the training pictures.
         family: what the base is.
         components: the base with the adapters attached and idle, on the CPU.
         adapters: the live adapters.
@@ -62,6 +63,7 @@ class TrainResult:
     steps: int
     seconds: float
     validation: Ratio | None
+    judged_on: str
     family: ModelFamily
     components: Components
     adapters: AdapterSet
@@ -88,6 +90,7 @@ class _Loop:
     reporter: Reporter
     state: TrainState
     documents: dict[str, Any]
+    judged_on: str
     validation: Ratio | None = None
 
 
@@ -134,10 +137,10 @@ def _memory_errors() -> Iterator[None]:
 def _prepare(run: Run, reporter: Reporter) -> _Loop:
     """Build everything, say what will happen, and restore the newest checkpoint."""
     found = resume.find(run)
-    accelerator, dtype = build.build_accelerator(run.model.dtype, run.output_dir, run.train.trackers)
+    # keep: "auto" means another format on another GPU; a resumed run keeps the one it began with.
+    began = found.documents["base"]["dtype"] if found and run.model.dtype == "auto" else run.model.dtype
+    accelerator, dtype = build.build_accelerator(began, run.output_dir, run.train.trackers)
     device = accelerator.device
-    if accelerator.is_main_process:
-        write_json(run.output_dir / "run.json", dump_run(run))
     with reporter.progress("Loading the base model", 1) as advance:
         family, components = load_family(
             run.model.base, dtype=build.DTYPES[dtype], revision=run.model.revision, variant=run.model.variant
@@ -145,6 +148,7 @@ def _prepare(run: Run, reporter: Reporter) -> _Loop:
         advance(1, "")
     objective = build.build_run_objective(run, components).to(device)
     cut = build.build_cut(run.data, family, components)
+    adapters = build.build_adapters(run, family, components)
     with accelerator.main_process_first():
         pictures = build.build_pictures(run.data, cut, run.validation.holdout, run.train.seed, reporter)
         if run.data.prior is not None:
@@ -153,7 +157,6 @@ def _prepare(run: Run, reporter: Reporter) -> _Loop:
                 pictures, run.data.prior, folder, cut, family, components, device, reporter
             )
         collator = build.build_collator(run, pictures, cut, family, components, device, reporter)
-    adapters = build.build_adapters(run, family, components)
     trained_text = components.text_encoders if run.text_encoder_adapter is not None else {}
     if run.train.gradient_checkpointing:
         enable_gradient_checkpointing(components.denoiser, trained_text)
@@ -169,7 +172,7 @@ def _prepare(run: Run, reporter: Reporter) -> _Loop:
     documents = {
         "run": dump_run(run),
         "dataset": fingerprint(pictures.training),
-        "base": {"source": components.source, "digest": components.digest, "dtype": dtype},
+        "base": {"digest": components.digest, "schedule": build.schedule_digest(components), "dtype": dtype},
         "optimizer_class": {"resolved": optimizer.resolved},
         "batch": {"pictures per pass over all processes": run.train.batch_size * accelerator.num_processes},
     }
@@ -182,6 +185,7 @@ def _prepare(run: Run, reporter: Reporter) -> _Loop:
         SampleSheets(run.samples, family, components, adapters, cut.resolution, run.output_dir / "samples", device)
         if run.samples.prompts and accelerator.is_main_process else None,
         accelerator, reporter, TrainState(step=0, samples_seen=0, epoch=0, seconds=0.0), documents,
+        f"{len(probe)} {'held-out' if pictures.holdout else 'training'} pictures",
     )  # fmt: skip
     rows = [("Base model", f"{components.source} ({family.name}), {dtype} on {device.type}")]
     rows += [*plan.data_rows(run, cut, pictures), *plan.adapter_rows(run, adapters)]
@@ -194,6 +198,9 @@ def _prepare(run: Run, reporter: Reporter) -> _Loop:
             reporter.warn(line)
         loop.state = resume.restore(found, documents, adapters, optimizer, loop.ema, accelerator)
         reporter.note(f"Going on after step {loop.state.step} of {run.train.steps}.")
+    if accelerator.is_main_process:
+        write_json(run.output_dir / "run.json", dump_run(run))
+        write_json(run.output_dir / "dataset.json", documents["dataset"])
     return loop
 
 
@@ -330,8 +337,8 @@ def _finish(loop: _Loop) -> TrainResult:
     for module in loop.components.modules().values():
         module.to("cpu").eval()
     return TrainResult(
-        run.output_dir, file, loop.state.step, loop.state.seconds, loop.validation, loop.family, loop.components,
-        loop.adapters, loop.accelerator.is_main_process,
+        run.output_dir, file, loop.state.step, loop.state.seconds, loop.validation, loop.judged_on, loop.family,
+        loop.components, loop.adapters, loop.accelerator.is_main_process,
     )  # fmt: skip
 
 

@@ -25,14 +25,16 @@ PICTURES = "/content/drive/MyDrive/photos"  # 5 to 20 pictures of your subject
 TRIGGER = "sks"
 CLASS = "dog"
 OUTPUT = "/content/drive/MyDrive/finetune/sks-dog"  # on Drive, so that a disconnect loses nothing
+CACHE = "/content/finetune-cache"  # on Colab's own disk: fast, and made again when it is gone
 STEPS = 800
 CLASS_PICTURES = 100
-INSTALL_FROM = "/content/finetune"  # a checkout of the toolkit, or a git+https address
+INSTALL_FROM = "/content/finetune"  # the toolkit: a folder you uploaded or cloned, or git+https://...
 
 # %% [markdown]
 # ## 2. Install, once per session
 #
-# Colab's own torch is kept.
+# Colab's own torch is kept. If `INSTALL_FROM` does not exist yet, clone the repository there first
+# (`!git clone ADDRESS /content/finetune` in a cell of its own) or put its git+https address into `INSTALL_FROM`.
 
 # %%
 import importlib.util
@@ -74,6 +76,8 @@ overrides = {
     "model.base": BASE,
     "model.variant": VARIANT,
     "data.folder": PICTURES,
+    "data.cache_folder": f"{CACHE}/encoded",
+    "data.prior.folder": f"{CACHE}/class-{CLASS}",
     "data.caption_template": f"a photo of {TRIGGER} {CLASS}",
     "data.trigger": TRIGGER,
     "data.prior.prompts": [f"a photo of a {CLASS}"],

@@ -21,16 +21,16 @@ from finetune.demo.measure import sample
 def built(tmp_path_factory):
     """A base built in a few seconds; it draws noise, but every file is there."""
     out = tmp_path_factory.mktemp("base")
-    build(Plan(out, out / "work", minutes=0.1, pictures=60, prompts=12, seeds=1))
+    build(Plan(out, out / "work", minutes=0.1, pictures=40, prompts=4, seeds=1))
     return out
 
 
 def test_build_makes_a_pipeline_that_loads_and_draws(built):
     pipeline = StableDiffusionPipeline.from_pretrained(built / "base", safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
-    assert {
-        p.dtype for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder) for p in part.parameters()
-    } == {torch.float32}
+    assert {p.dtype for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder) for p in part.parameters()} == {
+        torch.float32
+    }
     pictures = sample(pipeline, ["a red ball", "a sks robot"], steps=3)
     assert pictures.shape == (2, 3, 64, 64)
     assert torch.isfinite(pictures).all()
@@ -62,7 +62,7 @@ def test_built_checker_loads_and_names_everything(built):
 def test_a_finished_build_runs_again_for_free(built):
     """Resuming must not train past the budget."""
     before = (built / "work" / "denoiser" / "progress.json").read_text()
-    build(Plan(built, built / "work", 0.1, 60, 12, 1), only=("autoencoder", "latents", "denoiser", "checker"))
+    build(Plan(built, built / "work", 0.1, 40, 4, 1), only=("autoencoder", "latents", "denoiser", "checker"))
     assert (built / "work" / "denoiser" / "progress.json").read_text() == before
 
 

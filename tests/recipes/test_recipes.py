@@ -34,7 +34,7 @@ def test_accelerate_launch_runs_a_recipe(tiny_base, pictures, tmp_path):
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "run" / "exports" / "adapter.safetensors").exists()
+    assert (tmp_path / "run" / "exports" / "run.safetensors").exists()
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -44,7 +44,8 @@ def test_the_notebook_runs(path, tmp_path, pictures, monkeypatch):
     parameters = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
     values = {
         "BASE": "demo", "VARIANT": None, "PICTURES": str(pictures), "TRIGGER": "sks", "CLASS": "robot",
-        "OUTPUT": str(tmp_path / "out"), "STEPS": 2, "CLASS_PICTURES": 2, "INSTALL_FROM": str(ROOT),
+        "OUTPUT": str(tmp_path / "out"), "CACHE": str(tmp_path / "cache"),
+        "STEPS": 2, "CLASS_PICTURES": 2, "INSTALL_FROM": str(ROOT),
     }  # fmt: skip
     names = {line.split(" = ")[0] for line in parameters.source.splitlines() if " = " in line}
     assert names == values.keys(), "the test must replace exactly the notebook's parameters"
