@@ -126,7 +126,10 @@ WEAK = """## Known weaknesses
 
 * 64 x 64 pixels, one drawing per class: it shows whether a technique works, not how pictures of the world would look.
 * Two-object scenes, textures and outline drawings were a small share of the training and are not measured here.
-* Words outside the captions are untrained; a prompt without colour or background gets any.
+* Small objects lose their shape before they lose colour, size or place: compare the two object columns above.
+  Straight sides come out bowed, fine parts (whiskers, a robot's mouth) smeared.
+* Words outside the captions are untrained; a prompt without colour or background gets any, at times the same for both.
+* The autoencoder blurs the demo subjects more than ordinary objects (dB above); the checker still knows them all.
 * The checker has errors of its own (above); differences of a few points between runs mean little.
 
 ## Licence and use

@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from finetune.config import Run
 from finetune.demo import questions
 from finetune.demo.checker import load_checker
@@ -36,6 +38,8 @@ def run_demo(output: Path, reporter: Reporter) -> dict[str, Any]:
         what summary.json holds: every figure that is shown.
     """
     started = time.perf_counter()
+    # keep: a model this small gains nothing from a second thread, and loses tenfold when others want the core.
+    torch.set_num_threads(1)
     run = demo_run(output)
     write_subject_pictures(run.data.folder, PICTURES)
     reporter.note(f"{PICTURES} pictures of a robot that the base model has never seen: {run.data.folder}")
