@@ -47,6 +47,7 @@ RUN = make_run(
             "prior": {
                 "prompts": [*ORDINARY_ROBOTS, *OTHER_THINGS],
                 "images": 48,  # two of each
+                "prior_loss_weight": 2.0,  # at 1 every fourth ordinary robot took on the subject's look
                 "inference_steps": 20,
                 "guidance_scale": 5.0,
                 "batch_size": 12,
