@@ -118,7 +118,8 @@ def _amounts(figures: Mapping[str, Any]) -> list[str]:
         found = figures["training"].get(stage)
         if found:
             lines.append(f"| {stage} | {found['samples']:,} | {found['step']:,} | {found['seconds'] / 60:.0f} |")
-    lines += ["", f"One 20-step picture takes {figures['seconds per picture']:.2f} s of CPU (one thread, pictures made one at a time)."]
+    seconds = figures["seconds per picture"]
+    lines += ["", f"One 20-step picture takes {seconds:.2f} s of CPU (one thread, pictures made one at a time)."]
     return lines
 
 
