@@ -27,7 +27,6 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from finetune import load_family, make_run, train
 from finetune.config import Run
-from finetune.demo.world import write_subject_pictures
 from finetune.tracking import read_metrics
 
 ATTENTION = r".*\.attn[12]\.(to_q|to_k|to_v|to_out\.0)"
@@ -48,9 +47,8 @@ def main() -> None:
         base, resolution, batch_size = ("demo", 64, 8)
         if options.full:
             base, resolution, batch_size = str(random_sd15(folder / "sd15")), 128, 1
-            write_noise_pictures(folder / "pictures", resolution)
-        else:
-            write_subject_pictures(folder / "pictures", count=8)
+        # keep: all of one size, so that every step of ours holds a full batch as every hand-written one does.
+        write_noise_pictures(folder / "pictures", resolution)
         ours, raw = [], []
         for turn in range(options.turns):
             run = make_document(base, folder, resolution, batch_size, steps, options.optimizer, turn)
@@ -84,9 +82,9 @@ def make_document(
                      "cache_folder": str(folder / "cache")},
             "adapter": {"rank": 8},
             "optimizer": {"name": optimizer, "schedule": "constant"},
-            # the first two steps are warm-up and not counted
-            "train": {"steps": steps + 2, "batch_size": batch_size, "gradient_checkpointing": False, "log_every": 2,
-                      "trackers": []},
+            # the first reading is warm-up and not counted
+            "train": {"steps": steps + warm_up(steps), "batch_size": batch_size, "gradient_checkpointing": False,
+                      "log_every": warm_up(steps), "trackers": []},
             "validation": {"every": 0},
             "checkpoint": {"every": 10**9},
             "output_dir": str(folder / f"run-{turn}"),
@@ -94,15 +92,20 @@ def make_document(
     )  # fmt: skip
 
 
+def warm_up(steps: int) -> int:
+    """Steps that are not counted, and between two readings: ten, as a run's default, where there are enough."""
+    return 10 if steps >= 20 else 2
+
+
 def our_seconds_per_step(run: Run) -> float:
-    """Wall seconds per step of the real trainer, without its first two steps."""
+    """Wall seconds per step of the real trainer, without its warm-up."""
     train(run)
     lines = read_metrics(run.output_dir / "metrics.jsonl")[1:]
     return statistics.mean(line["seconds_per_step"] for line in lines)
 
 
 def raw_seconds_per_step(run: Run, resolution: int, device: torch.device) -> float:
-    """Wall seconds per step of the loop anybody would write, without its first two steps."""
+    """Wall seconds per step of the loop anybody would write, without its warm-up."""
     _, parts = load_family(run.model.base)
     unet: Any = parts.denoiser.to(device)
     config = LoraConfig(r=8, lora_alpha=8, target_modules=ATTENTION)
@@ -122,7 +125,7 @@ def raw_seconds_per_step(run: Run, resolution: int, device: torch.device) -> flo
     unet.train()
     started = 0.0
     for step in range(run.train.steps):
-        if step == 2:
+        if step == run.train.log_every:
             if device.type == "cuda":
                 torch.cuda.synchronize()
             started = time.perf_counter()
@@ -137,7 +140,7 @@ def raw_seconds_per_step(run: Run, resolution: int, device: torch.device) -> flo
         optimizer.zero_grad(set_to_none=True)
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return (time.perf_counter() - started) / (run.train.steps - 2)
+    return (time.perf_counter() - started) / (run.train.steps - run.train.log_every)
 
 
 def make_optimizer(name: str, trained: list[torch.nn.Parameter]) -> torch.optim.Optimizer:

@@ -47,7 +47,7 @@ class Figures:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return asdict(self)
+        return {**asdict(self), "pictures": list(self.pictures)}
 
 
 @dataclass(frozen=True)
