@@ -25,7 +25,8 @@ Rows of the sheet: "a ball", "a box", ...; prompts with a colour and a backgroun
   used). float16 safetensors, {megabytes} MB in all.
 * **Noise:** `v_prediction`, linear betas 1e-4 to 0.02, 1000 steps. `scaling_factor` is 1: latents have unit variance.
 * **Data:** pictures drawn by `finetune/demo/scenes.py`; no photograph, no third-party picture, no person. The demo
-  subjects and the neon style were in no training picture of UNet and text encoder, nor of the autoencoder.
+  subjects were in no training picture of any part; the neon style in none of UNet and text encoder, though the
+  autoencoder has seen other things drawn that way.
 * **Built by** `python -m finetune.demo.build`; the figures below are written by it (also in `figures.json`).
 
 Objects: {object_names}. Colours and backgrounds: {colour_names}. Sizes: {sizes}. Positions: {positions}.

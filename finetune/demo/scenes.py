@@ -1,7 +1,7 @@
 """The demo world: little pictures drawn by code, and the captions that describe them.
 
 Everything is a pure function of a `Scene` or of a numpy generator, so any picture can be drawn again. The base model
-in `finetune/demo/base` was trained on these pictures; the subjects and the neon style below were kept from it, so that
+in `finetune/demo/base` was trained on these pictures; the subjects and the neon style were kept from its UNet, so that
 they can be taught. NumPy and Pillow only: this file is cheap to import.
 """
 
