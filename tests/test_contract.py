@@ -10,7 +10,7 @@ import torch
 from finetune.adapters import METHODS, AdapterFile, attach
 from finetune.config import AdapterConfig
 from finetune.families import FAMILIES, load_family
-from finetune.training.build import build_targets
+from finetune.training.build_adapters import build_targets
 from finetune.training.model import TrainableModel, enable_gradient_checkpointing
 from tests import tiny
 

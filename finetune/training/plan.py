@@ -7,7 +7,7 @@ from finetune.config import Run
 from finetune.data.dataset import Cut, bucket_counts
 from finetune.data.sampler import Sampler
 from finetune.tracking import Reporter
-from finetune.training.build import Pictures
+from finetune.training.build_data import Pictures
 from finetune.training.optimizers import BuiltOptimizer
 
 

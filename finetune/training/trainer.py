@@ -28,7 +28,7 @@ from finetune.rng import seed_libraries
 from finetune.run_files import dump_run
 from finetune.storage import disk_errors, write_json
 from finetune.tracking import Advance, MetricsLog, Reporter
-from finetune.training import build, plan, resume
+from finetune.training import build, build_adapters, build_data, plan, resume
 from finetune.training.checkpoint import TrainState, save_checkpoint
 from finetune.training.ema import Ema
 from finetune.training.lock import hold
@@ -147,16 +147,16 @@ def _prepare(run: Run, reporter: Reporter) -> _Loop:
         )
         advance(1, "")
     objective = build.build_run_objective(run, components).to(device)
-    cut = build.build_cut(run.data, family, components)
-    adapters = build.build_adapters(run, family, components)
+    cut = build_data.build_cut(run.data, family, components)
+    adapters = build_adapters.build_adapters(run, family, components)
     with accelerator.main_process_first():
-        pictures = build.build_pictures(run.data, cut, run.validation.holdout, run.train.seed, reporter)
+        pictures = build_data.build_pictures(run.data, cut, run.validation.holdout, run.train.seed, reporter)
         if run.data.prior is not None:
             folder = run.data.prior.folder or run.output_dir / "class_images"
-            pictures = build.add_class_pictures(
+            pictures = build_data.add_class_pictures(
                 pictures, run.data.prior, folder, cut, family, components, device, reporter
             )
-        collator = build.build_collator(run, pictures, cut, family, components, device, reporter)
+        collator = build_data.build_collator(run, pictures, cut, family, components, device, reporter)
     trained_text = components.text_encoders if run.text_encoder_adapter is not None else {}
     if run.train.gradient_checkpointing:
         enable_gradient_checkpointing(components.denoiser, trained_text)

@@ -1,0 +1,63 @@
+"""The `finetune` command: parse, call, print. What it does lives elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable
+
+import typer
+from rich.console import Console
+
+from data_tools.cli import app as data_app
+from data_tools.errors import DataToolsError
+from finetune.cli import export, show, train
+from finetune.cli.app import Overrides, app
+from finetune.config import Run
+from finetune.errors import UserError
+from finetune.run_files import change_run
+
+COMMANDS = (train, show, export)
+"""Modules whose import puts their commands on the application."""
+app.add_typer(data_app, name="data", help="Look at a folder of pictures before training: scan, caption, bucket.")
+
+
+def run_recipe(run: Run) -> None:
+    """The end of every recipe: train its `RUN` with the overrides given on the command line.
+
+    `accelerate launch recipes/sd15_lora.py --set data.folder=photos --set output_dir=runs/mine`
+    """
+
+    def command(overrides: Overrides = None) -> None:
+        train.train_and_export(change_run(run, overrides or ()))
+
+    command.__doc__ = f"Train this recipe on {run.model.base}; `finetune show` prints every field for --set."
+    _guarded(lambda: typer.run(command))
+
+
+def main() -> None:
+    """Entry point: user errors become a message and an exit code, never a traceback."""
+    _guarded(app)
+
+
+def _quiet_libraries() -> None:
+    """What the libraries tell their developers is not for our users; errors still come through."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def _guarded(call: Callable[[], object]) -> None:
+    _quiet_libraries()
+    errors = Console(stderr=True, highlight=False)
+    try:
+        call()
+    except (UserError, DataToolsError) as error:
+        errors.print(str(error), markup=False, style="red", soft_wrap=True)
+        raise SystemExit(error.exit_code) from None
+
+
+__all__ = ["COMMANDS", "app", "main", "run_recipe"]

@@ -1,0 +1,92 @@
+"""Run: the one frozen value that describes a training run, and how two runs are compared."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, model_validator
+
+from finetune.config.adapter import AdapterConfig
+from finetune.config.contradictions import contradictions
+from finetune.config.data import DataConfig
+from finetune.config.export import ExportConfig
+from finetune.config.model import ModelConfig
+from finetune.config.objective import ObjectiveConfig
+from finetune.config.optimizer import OptimizerConfig
+from finetune.config.section import Section
+from finetune.config.train import CheckpointConfig, SamplesConfig, TrainConfig, ValidationConfig
+
+
+class Run(Section):
+    """One training run, from pictures to adapter."""
+
+    model: ModelConfig
+    data: DataConfig
+    adapter: AdapterConfig = AdapterConfig()
+    text_encoder_adapter: AdapterConfig | None = None
+    """Adapter of the text encoders. None: they stay frozen and captions are encoded once."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    validation: ValidationConfig = ValidationConfig()
+    samples: SamplesConfig = SamplesConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    export: ExportConfig = ExportConfig()
+    output_dir: Path
+    """Folder of this run: checkpoints, metrics, samples, cache, exports. Running again goes on where it stopped."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Run:
+        problems = contradictions(self)
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def export_name(self) -> str:
+        """What the exported adapter is called."""
+        folder = re.sub(r"[^A-Za-z0-9_-]+", "-", self.output_dir.resolve().name).strip("-_")
+        return self.export.name or folder or "adapter"
+
+    def digest(self) -> str:
+        """SHA-256 over everything that decides the result (not where it is written, nor how often it is logged)."""
+        decisive = {key: value for key, value in flatten(self).items() if not is_free(key)}
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+FREE_TO_CHANGE = (
+    "output_dir", "checkpoint.", "samples.", "export.", "validation.every", "train.log_every", "train.trackers",
+    "data.cache_folder", "data.prior.batch_size", "data.folder", "data.prior.folder", "model.base", "model.revision",
+    "model.variant",
+)  # fmt: skip
+"""Fields that a resumed run may change: they do not touch the trained weights. Folders and the base's name are among
+them, because the content itself is compared: every picture's digest and the digest of the base's weights."""
+
+
+def is_free(key: str) -> bool:
+    """Whether a dotted field may change between the two halves of a resumed run."""
+    return any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE_TO_CHANGE)
+
+
+def flatten(run: BaseModel) -> dict[str, Any]:
+    """Dotted field names and their JSON values, e.g. {"adapter.rank": 16}; a section that is off is one None."""
+
+    def walk(prefix: str, value: Any) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            return {prefix: value}
+        return {k: v for name, inner in value.items() for k, v in walk(f"{prefix}.{name}", inner).items()}
+
+    document = run.model_dump(mode="json")
+    return {key: value for name, inner in document.items() for key, value in walk(name, inner).items()}
+
+
+def differences(old: Run, new: Run) -> list[str]:
+    """What would change the training if a run made with `old` went on with `new`, one line per field."""
+    before, after = flatten(old), flatten(new)
+    changed = [k for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k) and not is_free(k)]
+    if old.optimizer.schedule == "constant" and "train.steps" in changed:
+        changed.remove("train.steps")
+    return [f"{key} was {before.get(key)!r} and is now {after.get(key)!r}" for key in changed]

@@ -1,0 +1,67 @@
+"""Fields of the run itself: length, validation, sample sheets, checkpoints."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from finetune.config.section import Section
+
+
+class TrainConfig(Section):
+    """How long and in what portions."""
+
+    steps: int = Field(default=1000, ge=1)
+    """Optimizer steps."""
+    batch_size: int = Field(default=1, ge=1)
+    """Pictures per process and forward pass, class pictures included."""
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    """Forward passes per optimizer step; every picture of a step counts the same."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: much less memory, about a third more time."""
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Keep a running mean of the trained parameters and export that. 0.99 to 0.9999; None turns it off."""
+    seed: int = Field(default=0, ge=0)
+    """Every draw of the run follows from it."""
+    log_every: int = Field(default=10, ge=1)
+    """Optimizer steps between two lines in metrics.jsonl."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+    """Where metrics go besides metrics.jsonl."""
+
+
+class ValidationConfig(Section):
+    """A loss that can be compared: fixed pictures, fixed noise, fixed noise levels, as a ratio to the base model."""
+
+    every: int = Field(default=100, ge=0)
+    """Optimizer steps between validations; 0 turns validation off."""
+    holdout: int = Field(default=0, ge=0)
+    """Subject pictures set aside and never trained on. 0: a fixed probe of the training pictures."""
+    quantiles: int = Field(default=8, ge=1)
+    """Noise levels per picture, spread evenly over the range."""
+
+
+class SamplesConfig(Section):
+    """Pictures rendered from fixed prompts and seeds, before the first step and after the last."""
+
+    prompts: tuple[str, ...] = ()
+    """What to render; empty turns samples off."""
+    per_prompt: int = Field(default=2, ge=1)
+    """Pictures per prompt; the seeds are 0, 1, 2, ... and the same before and after."""
+    every: int = Field(default=0, ge=0)
+    """Optimizer steps between two sheets in between; 0: only before and after."""
+    inference_steps: int = Field(default=25, ge=1)
+    """Denoising steps per picture."""
+    guidance_scale: float = Field(default=7.5, ge=0)
+    """Classifier-free guidance; 1 turns it off."""
+    negative_prompt: str = ""
+    """What to steer away from."""
+
+
+class CheckpointConfig(Section):
+    """How much work a crash may cost."""
+
+    every: int = Field(default=100, ge=1)
+    """Optimizer steps between checkpoints; the last step always gets one."""
+    keep: int = Field(default=2, ge=1)
+    """How many of the newest checkpoints stay. An old one goes only after the new one is safe on disk."""
