@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from PIL import Image
 
@@ -16,7 +16,17 @@ from data_tools.errors import DataToolsError, UsageError, shown
 from data_tools.records import ImageRecord
 
 Size = tuple[int, int]
+Crop = Callable[[Size, Size], tuple[int, int]]
+"""From the sizes of a resized picture and of its bucket to the (top, left) of the crop: `centred`, `around(...)`,
+`slack(...)`."""
 MANY_BUCKETS = 10_000
+# (shorter, longer) side; both ways round are buckets. Source: SDXL paper, arXiv:2307.01952, appendix I, where
+# 1344 x 704 stands in one direction only; Stability's own sampling code (generative-models) has it in both.
+SDXL_SIDES = (
+    (512, 1856), (512, 1920), (512, 1984), (512, 2048), (576, 1664), (576, 1728), (576, 1792), (640, 1536),
+    (640, 1600), (704, 1344), (704, 1408), (704, 1472), (768, 1280), (768, 1344), (832, 1152), (832, 1216),
+    (896, 1088), (896, 1152), (960, 1024), (960, 1088), (1024, 1024),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -28,7 +38,7 @@ class Placement:
     resize: Size
     """(height, width) the whole picture is resized to; covers the bucket."""
     crop_top_left: tuple[int, int]
-    """(top, left) of the bucket inside the resized picture; centred, rounded towards the top left."""
+    """(top, left) of the bucket inside the resized picture, pixels."""
     lost: float
     """Share of the picture that is cropped away, 0 to 1."""
 
@@ -91,13 +101,90 @@ def make_buckets(
         other = min(high, resolution**2 // side // multiple * multiple)
         if other >= low:
             sizes |= {(side, other), (other, side)}
-    return sorted(sizes, key=lambda size: (size[1] / size[0], size))
+    return _by_shape(sizes)
+
+
+def _by_shape(sizes: Iterable[Size]) -> list[Size]:
+    return sorted(set(sizes), key=lambda size: (size[1] / size[0], size))
+
+
+def sdxl_paper() -> list[Size]:
+    """The 41 sizes that Stable Diffusion XL was trained on, about 1024 x 1024 pixels in steps of 64."""
+    return _by_shape(size for short, long in SDXL_SIDES for size in ((short, long), (long, short)))
+
+
+PRESETS: dict[str, Callable[[], list[Size]]] = {
+    "512": lambda: make_buckets(512, 64),
+    "768": lambda: make_buckets(768, 64),
+    "1024": lambda: make_buckets(1024, 64),
+    "1024-step-16": lambda: make_buckets(1024, 16),
+    "sdxl-paper": sdxl_paper,
+}
+"""Lists of buckets by name: the area's side and its usual step, or a published list."""
+
+
+def preset(name: str) -> list[Size]:
+    """The buckets of a name in `PRESETS`.
+
+    Raises:
+        UsageError: an unknown name.
+    """
+    if name not in PRESETS:
+        raise UsageError(f"preset={name!r} is not known; choose one of {', '.join(PRESETS)}.")
+    return PRESETS[name]()
+
+
+def centred(resize: Size, bucket: Size) -> tuple[int, int]:
+    """The middle of the picture, rounded towards the top left."""
+    return (resize[0] - bucket[0]) // 2, (resize[1] - bucket[1]) // 2
+
+
+def around(point: tuple[float, float]) -> Crop:
+    """A crop whose middle is as near to a point as the picture's edges allow.
+
+    Args:
+        point: shares of the width from the left and of the height from the top, 0 to 1, as `ImageRecord.focus`.
+    """
+
+    def crop(resize: Size, bucket: Size) -> tuple[int, int]:
+        shares = (point[1], point[0])
+        top, left = (
+            min(max(0, round(share * whole - part / 2)), whole - part)
+            for share, whole, part in zip(shares, resize, bucket, strict=True)
+        )
+        return top, left
+
+    return crop
+
+
+def slack(across: float, down: float) -> Crop:
+    """A crop at a share of the room it has: (0, 0) is the top left corner, (1, 1) the bottom right.
+
+    With two uniform draws in [0, 1) every possible crop is equally likely: the random crop.
+    """
+
+    def crop(resize: Size, bucket: Size) -> tuple[int, int]:
+        room = (resize[0] - bucket[0], resize[1] - bucket[1])
+        return min(room[0], int(down * (room[0] + 1))), min(room[1], int(across * (room[1] + 1)))
+
+    return crop
+
+
+def move(placement: Placement, crop: Crop) -> Placement:
+    """The same bucket and resize, cut out elsewhere."""
+    return replace(placement, crop_top_left=crop(placement.resize, placement.bucket))
 
 
 def assign(
-    width: int, height: int, buckets: Sequence[Size], *, upscale: bool = False, multiple: int | None = None
+    width: int,
+    height: int,
+    buckets: Sequence[Size],
+    *,
+    upscale: bool = False,
+    multiple: int | None = None,
+    crop: Crop = centred,
 ) -> Placement:
-    """The bucket nearest in shape, and the resize and centred crop that lead to it.
+    """The bucket nearest in shape, and the resize and crop that lead to it.
 
     A picture smaller than that bucket is not enlarged unless `upscale`: its bucket's sides are then cut down
     to its own sides, rounded down to `multiple`, which is an extra bucket beside those given.
@@ -107,6 +194,7 @@ def assign(
         buckets: (height, width) pairs.
         upscale: enlarge small pictures.
         multiple: step of an extra bucket, pixels; None means the greatest common divisor of all sides.
+        crop: where the bucket is cut out.
 
     Raises:
         UsageError: no buckets.
@@ -135,17 +223,16 @@ def assign(
                 f"A picture of {width} x {height} pixels is smaller than one step of {step}; remove it, or "
                 "allow upscaling."
             )
-    return _cover(width, height, bucket)
+    return _cover(width, height, bucket, crop)
 
 
-def _cover(width: int, height: int, bucket: Size) -> Placement:
+def _cover(width: int, height: int, bucket: Size, crop: Crop) -> Placement:
     """The smallest resize that keeps the shape and covers the bucket, in whole numbers."""
     if bucket[1] * height >= bucket[0] * width:
         resize = (max(bucket[0], (2 * height * bucket[1] + width) // (2 * width)), bucket[1])
     else:
         resize = (bucket[0], max(bucket[1], (2 * width * bucket[0] + height) // (2 * height)))
-    top_left = ((resize[0] - bucket[0]) // 2, (resize[1] - bucket[1]) // 2)
-    return Placement(bucket, resize, top_left, 1 - bucket[0] * bucket[1] / (resize[0] * resize[1]))
+    return Placement(bucket, resize, crop(resize, bucket), 1 - bucket[0] * bucket[1] / (resize[0] * resize[1]))
 
 
 def place(
@@ -155,7 +242,7 @@ def place(
     upscale: bool = False,
     multiple: int | None = None,
 ) -> list[Placement]:
-    """`assign` for every record, in order.
+    """`assign` for every record, in order; a record with a `focus` is cropped around it, the others in the middle.
 
     Raises:
         DataToolsError: naming every picture that is too small.
@@ -164,7 +251,14 @@ def place(
     for record in records:
         try:
             placements.append(
-                assign(record.width, record.height, buckets, upscale=upscale, multiple=multiple)
+                assign(
+                    record.width,
+                    record.height,
+                    buckets,
+                    upscale=upscale,
+                    multiple=multiple,
+                    crop=around(record.focus) if record.focus else centred,
+                )
             )
         except UsageError:
             raise

@@ -13,6 +13,10 @@ from typing import Literal
 
 Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
+USAGE, DATA, STORAGE, UNSAFE = 2, 3, 5, 8
+"""Exit codes by the kind of fault: a wrong option, a file to be mended, the disk's answer, refused for safety."""
+SHOWN_NAMES = 12
+"""How many names one line lists; a folder of 100,000 pictures can fail in one way 100,000 times."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,8 @@ class Problem:
     why: str
     remedy: str
     severity: Severity = "error"
+    code: int = DATA
+    """The exit code that an error of this kind asks for."""
 
     def __str__(self) -> str:
         return sentence([self])
@@ -36,23 +42,27 @@ class Problem:
 class RefusedError(Exception):
     """A file that cannot be used; whoever knows the file's name turns it into a `Problem`."""
 
-    def __init__(self, what: str, why: str, remedy: str) -> None:
-        self.what, self.why, self.remedy = what, why, remedy
+    def __init__(self, what: str, why: str, remedy: str, code: int = DATA) -> None:
+        self.what, self.why, self.remedy, self.code = what, why, remedy, code
         super().__init__(f"{what}; {why}; {remedy}")
 
     def problem(self, file_name: str, severity: Severity = "error") -> Problem:
         """The same words about the file called `file_name`."""
-        return Problem(file_name, self.what, self.why, self.remedy, severity)
+        return Problem(file_name, self.what, self.why, self.remedy, severity, self.code)
 
 
 class DataToolsError(Exception):
     """Pictures, captions or manifests that cannot be used as they are; commands exit with `exit_code`."""
 
-    exit_code = 3
+    exit_code = DATA
 
-    def __init__(self, headline: str, problems: Iterable[Problem | str] = ()) -> None:
+    def __init__(
+        self, headline: str, problems: Iterable[Problem | str] = (), exit_code: int | None = None
+    ) -> None:
         self.headline = headline
         self.problems = tuple(str(problem) for problem in problems)
+        if exit_code is not None:
+            self.exit_code = exit_code
         super().__init__(self.text())
 
     def text(self) -> str:
@@ -63,7 +73,18 @@ class DataToolsError(Exception):
 class UsageError(DataToolsError):
     """An option or argument that cannot be followed."""
 
-    exit_code = 2
+    exit_code = USAGE
+
+
+class StorageError(DataToolsError):
+    """A disk that is full, missing or read-only."""
+
+    exit_code = STORAGE
+
+
+def gravest(problems: Iterable[Problem]) -> int:
+    """The exit code of several errors: unsafe before unreadable before to be mended; 0 without errors."""
+    return max((problem.code for problem in problems if problem.severity == "error"), default=0)
 
 
 def shown(text: str) -> str:
@@ -81,8 +102,11 @@ def shown(text: str) -> str:
 def sentence(problems: Sequence[Problem]) -> str:
     """One line for problems that share what, why and remedy: the names, then the three."""
     first = problems[0]
-    names = ", ".join(shown(problem.file_name) for problem in problems if problem.file_name)
-    count = f" ({len(problems)} files)" if len(problems) > 1 else ""
+    named = [problem.file_name for problem in problems if problem.file_name]
+    names = ", ".join(shown(name) for name in named[:SHOWN_NAMES])
+    if len(named) > SHOWN_NAMES:
+        names += f" and {len(named) - SHOWN_NAMES:,} more"
+    count = f" ({len(problems):,} files)" if len(problems) > 1 else ""
     words = "; ".join(shown(part) for part in (first.what, first.why, first.remedy))
     return f"{names}{count}{': ' if names else ''}{words}."
 

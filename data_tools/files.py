@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import stat
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
-from data_tools.errors import RefusedError
+from data_tools.errors import STORAGE, RefusedError, StorageError, shown
 
 KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -59,12 +61,14 @@ def read_regular(path: Path, max_bytes: int) -> bytes:
             f"cannot be read ({error.strerror or error})",
             "its bytes are needed to check it",
             "mend its permissions or the disk, or move it out of the folder",
+            STORAGE,
         ) from error
 
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write `data` beside `path`, make it durable, then rename: readers see the old file or the new one."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    # keep: a short name, because the longest names of pictures leave no room for a longer one beside them.
+    handle, temporary = tempfile.mkstemp(prefix=".part-", dir=path.parent)
     try:
         with open(handle, "wb") as file:
             file.write(data)
@@ -78,6 +82,24 @@ def write_atomic(path: Path, data: bytes) -> None:
             os.unlink(temporary)
         raise
     _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn what the disk or its permissions refuse inside the block into words for the user.
+
+    Raises:
+        StorageError: naming `path`, the reason and the free space.
+    """
+    try:
+        yield
+    except OSError as error:
+        existing = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+        free = shutil.disk_usage(existing).free
+        raise StorageError(
+            f"{shown(str(path))} cannot be written ({error.strerror or error}); {free:,} bytes are free in "
+            f"{shown(str(existing))}: free some space, mend the permissions, or choose another folder."
+        ) from error
 
 
 def _sync_folder(folder: Path) -> None:

@@ -10,13 +10,18 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from data_tools.errors import Problem, UsageError, shown
+from data_tools.errors import STORAGE, UNSAFE, Problem, UsageError, shown
 from data_tools.files import kind_of, not_regular
 from data_tools.images import SUFFIXES
+from data_tools.masks import find_masks
+from data_tools.names import stem, suffix
 
-SIDECARS = (".txt", ".caption")
-METADATA = ("metadata.jsonl", "metadata.csv")
-OTHER_METADATA = "metadata.parquet"
+SIDECARS = (".txt", ".caption", ".json")
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+OWN = ".finetune"
+"""What an import remembers lies here, in the folder it fills."""
+# Source: "Naming Files, Paths, and Namespaces", Windows documentation.
+WINDOWS = re.compile(r'[<>:"|?*\\]|[. ](?:/|$)|(?:^|/)(?:con|prn|aux|nul|com\d|lpt\d)(?:\.|/|$)', re.IGNORECASE)
 # Source: datasets 5.2, data_files.py, SPLIT_KEYWORDS between NON_WORDS_CHARS.
 SPLIT_WORD = re.compile(
     r"(?:^|[-._ 0-9/])(train|training|validation|valid|dev|val|test|testing|eval|evaluation)(?:[-._ 0-9/]|$)"
@@ -32,11 +37,13 @@ class Listing:
     sidecars: list[str] = field(default_factory=list)
     metadata: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    masks: dict[str, str] = field(default_factory=dict)
+    """Picture -> mask, found by name; masks are not among `pictures`."""
 
 
 def order(names: Iterable[str]) -> list[str]:
     """Names by code points of their composed (NFC) form, equal on all systems; img10 comes before img2."""
-    return sorted(names, key=lambda name: (unicodedata.normalize("NFC", name), name))
+    return sorted(names, key=lambda name: (name if name.isascii() else unicodedata.normalize("NFC", name), name))
 
 
 def list_folder(folder: Path) -> Listing:
@@ -50,12 +57,21 @@ def list_folder(folder: Path) -> Listing:
     root = Path(folder)
     if not root.is_dir():
         what = "is a file, not a folder" if root.exists() else "is not there"
-        raise UsageError(f"{shown(str(folder))} {what}; give the folder that holds the pictures.")
+        raise UsageError(
+            f"{shown(str(folder))} {what}; give the folder that holds the pictures"
+            + (" (archives, parquet and TOML files: finetune data import)." if root.exists() else ".")
+        )
     listing = Listing(root.resolve())
     for name in order(_walk(listing.root, "", listing.problems)):
         _sort_in(name, listing)
+    _leave_aside_other_json(listing)
     listing.problems.extend(_case_clashes(listing.pictures))
+    listing.problems.extend(_names_of_other_systems(listing.pictures))
     listing.problems.extend(_split_names(listing.pictures))
+    found = find_masks(listing.pictures)
+    listing.masks, no_pictures = found.of, found.files()
+    listing.pictures = [name for name in listing.pictures if name not in no_pictures]
+    listing.problems.extend(found.problems)
     return listing
 
 
@@ -71,16 +87,19 @@ def _walk(root: Path, inside: str, problems: list[Problem]) -> Iterator[str]:
                 f"this folder cannot be read ({error.strerror})",
                 "what is in it stays unknown",
                 "mend its permissions, or move it away",
+                code=STORAGE,
             )
         )
         return
     for entry in found:
+        if entry.name == OWN:
+            continue
         name = f"{inside}/{entry.name}" if inside else entry.name
         problem = _unusable(root, name, entry)
         if problem is not None:
             problems.append(problem)
         elif entry.is_dir(follow_symlinks=False):
-            if PurePosixPath(name).suffix.lower() in SUFFIXES:
+            if suffix(name) in SUFFIXES:
                 problems.append(
                     Problem(
                         name,
@@ -114,7 +133,7 @@ def _unusable(root: Path, name: str, entry: os.DirEntry[str]) -> Problem | None:
     kind = None if entry.is_dir(follow_symlinks=False) else kind_of(entry.stat(follow_symlinks=False).st_mode)
     if kind is None:
         return None
-    usable = PurePosixPath(name).suffix.lower() in (*SUFFIXES, *SIDECARS)
+    usable = suffix(name) in (*SUFFIXES, *SIDECARS)
     return not_regular(kind).problem(name, "error" if usable else "note")
 
 
@@ -128,6 +147,7 @@ def _bad_link(root: Path, name: str) -> Problem | None:
             "is a link that leads out of the folder",
             "only files inside the folder are read",
             "copy the file here in place of the link",
+            code=UNSAFE,
         )
     if not os.path.exists(path):
         return Problem(
@@ -146,11 +166,10 @@ def _bad_link(root: Path, name: str) -> Problem | None:
 
 
 def _sort_in(name: str, listing: Listing) -> None:
-    path = PurePosixPath(name)
-    suffix = path.suffix.lower()
+    ending = suffix(name)
     if name in METADATA:
         listing.metadata.append(name)
-    elif path.name in METADATA:
+    elif name.rpartition("/")[2] in METADATA:
         listing.problems.append(
             Problem(
                 name,
@@ -160,30 +179,30 @@ def _sort_in(name: str, listing: Listing) -> None:
                 "warning",
             )
         )
-    elif path.name == OTHER_METADATA:
-        listing.problems.append(
-            Problem(
-                name,
-                "is metadata in parquet format",
-                "jsonl and csv are read here",
-                "write it as metadata.jsonl (pandas: to_json(orient='records', lines=True))",
-                "warning",
-            )
-        )
-    elif suffix in SUFFIXES:
+    elif ending in SUFFIXES:
         listing.pictures.append(name)
-    elif suffix in SIDECARS:
+    elif ending in SIDECARS:
         listing.sidecars.append(name)
     else:
-        listing.problems.append(
-            Problem(
-                name,
-                f"is left aside ({suffix or 'no file ending'})",
-                "its ending is not a picture's",
-                "convert or rename it if it is a picture (.jpg, .png, .webp, .tif, .gif, .bmp, .avif)",
-                "note",
-            )
-        )
+        listing.problems.append(_left_aside(name))
+
+
+def _left_aside(name: str) -> Problem:
+    return Problem(
+        name,
+        f"is left aside ({suffix(name) or 'no file ending'})",
+        "its ending is not a picture's",
+        "convert or rename it if it is a picture (.jpg, .png, .webp, .tif, .gif, .bmp, .avif)",
+        "note",
+    )
+
+
+def _leave_aside_other_json(listing: Listing) -> None:
+    """A .json file belongs to the dataset only beside a picture of its name."""
+    stems = {stem(name) for name in listing.pictures}
+    other = {name for name in listing.sidecars if name.lower().endswith(".json") and stem(name) not in stems}
+    listing.sidecars = [name for name in listing.sidecars if name not in other]
+    listing.problems.extend(_left_aside(name) for name in order(other))
 
 
 def _case_clashes(names: list[str]) -> Iterator[Problem]:
@@ -199,6 +218,18 @@ def _case_clashes(names: list[str]) -> Iterator[Problem]:
                 "on Windows and macOS one of them overwrites the other",
                 "rename one",
                 "warning",
+            )
+
+
+def _names_of_other_systems(names: list[str]) -> Iterator[Problem]:
+    for name in names:
+        if WINDOWS.search(name):
+            yield Problem(
+                name,
+                "has a name that Windows cannot hold",
+                "unpacked there, the picture is renamed or lost, and its row names nothing",
+                'leave out < > : " | ? * \\, a blank or dot at the end, and names such as CON',
+                "note",
             )
 
 
@@ -220,6 +251,8 @@ def inside(name: object) -> str | None:
     """`name` in plain relative form, or None when it is no path inside the folder (absolute, `..`, a URL)."""
     if not isinstance(name, str) or not name.strip() or "\0" in name or "://" in name:
         return None
+    if "\\" not in name and not {"", ".", ".."} & set(name.split("/")):
+        return name
     path = PurePosixPath(name)
     windows = "\\" in name and (name[1:2] == ":" or ".." in name.split("\\") or name.startswith("\\"))
     if path.is_absolute() or ".." in path.parts or windows:

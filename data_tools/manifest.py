@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from data_tools.captioners.columns import LOSS_WEIGHT, consumed
 from data_tools.captioners.metadata import parse_row
 from data_tools.errors import DataToolsError, Problem, RefusedError, grouped, shown
 from data_tools.files import read_regular, write_atomic
 from data_tools.fingerprints import sha256
-from data_tools.folder import Listing, list_folder
+from data_tools.folder import METADATA, Listing, list_folder
 from data_tools.images import MAX_FILE_BYTES
 from data_tools.records import ImageRecord
 from data_tools.rows import MASK_COLUMN, Finder, Row, match_rows, read_rows
+from data_tools.verdicts import FOCUS_X, FOCUS_Y, REASONS, VERDICT, columns_of
 
 NAME = "metadata.jsonl"
+OTHERS = tuple(name for name in METADATA if name != NAME)
 SOURCES = ("sidecar", "metadata", "template", "filename", "kohya folder")
 OURS = (
     "file_name",
@@ -37,31 +40,43 @@ OURS = (
     "source",
     "notes",
     MASK_COLUMN,
+    LOSS_WEIGHT,
+    VERDICT,
+    REASONS,
+    FOCUS_X,
+    FOCUS_Y,
 )
 SCAN_AGAIN = "scan the folder again with --write"
 
 
-def write(folder: Path, records: Iterable[ImageRecord]) -> Path:
+def write(
+    folder: Path, records: Iterable[ImageRecord], columns: Mapping[str, Mapping[str, Any]] | None = None
+) -> Path:
     """Write folder/metadata.jsonl in one step: a crash leaves the old file whole.
 
     The same records give the same bytes. Columns of an older metadata.jsonl that we do not know (a licence,
-    an author) are kept for the pictures that stay.
+    an author) are kept for the pictures that stay; `columns` {file_name: {column: value}} adds to them and
+    replaces them, and the value None takes a column out.
 
     Raises:
-        DataToolsError: a metadata.csv is there, or the older file cannot be read, or the new one written.
+        DataToolsError: a metadata.csv or .parquet is there, or the older file cannot be read, or the new one written.
     """
     root = Path(folder)
-    if (root / "metadata.csv").exists():
-        raise DataToolsError(
-            f"{shown(str(folder))} holds metadata.csv, and `datasets` refuses a second metadata file; "
-            "move metadata.csv away (its captions are in the scan)."
-        )
+    for other in OTHERS:
+        if (root / other).exists():
+            raise DataToolsError(
+                f"{shown(str(folder))} holds {other}, and `datasets` refuses a second metadata file; "
+                f"move {other} away (its captions are in the scan)."
+            )
     foreign = _foreign_columns(root)
     ordered = list(records)
-    masks = any(record.mask_file for record in ordered)
+    optional = _optional_columns(ordered)
+    extra = columns or {}
     lines = [
         json.dumps(
-            {**_row(record, masks), **foreign.get(record.file_name, {})}, ensure_ascii=False, allow_nan=False
+            _merged(_row(record, optional), foreign.get(record.file_name, {}), extra.get(record.file_name, {})),
+            ensure_ascii=False,
+            allow_nan=False,
         )
         for record in ordered
     ]
@@ -75,7 +90,36 @@ def write(folder: Path, records: Iterable[ImageRecord]) -> Path:
     return root / NAME
 
 
-def _row(record: ImageRecord, masks: bool) -> dict[str, Any]:
+def read_columns(folder: Path) -> dict[str, dict[str, Any]]:
+    """All columns of metadata.jsonl as they stand, by file name; empty when there is none.
+
+    Raises:
+        UsageError: no such folder.
+        DataToolsError: rows that cannot be read.
+    """
+    root = Path(folder)
+    return _columns(root) if (root / NAME).exists() else {}
+
+
+def _merged(row: dict[str, Any], foreign: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    merged = {**row, **foreign, **extra}
+    return {key: value for key, value in merged.items() if key not in extra or value is not None}
+
+
+def _optional_columns(records: list[ImageRecord]) -> tuple[str, ...]:
+    """Columns that are written only when a picture needs them; then all rows have them, as Arrow wants it."""
+    tests = {
+        MASK_COLUMN: any(record.mask_file for record in records),
+        LOSS_WEIGHT: any(record.loss_weight != 1 for record in records),
+        VERDICT: any(record.verdict != "keep" for record in records),
+        REASONS: any(record.verdict_reasons for record in records),
+        FOCUS_X: any(record.focus for record in records),
+        FOCUS_Y: any(record.focus for record in records),
+    }
+    return tuple(name for name, needed in tests.items() if needed)
+
+
+def _row(record: ImageRecord, optional: tuple[str, ...]) -> dict[str, Any]:
     row = {
         "file_name": record.file_name,
         "text": "\n".join(record.captions),
@@ -90,12 +134,19 @@ def _row(record: ImageRecord, masks: bool) -> dict[str, Any]:
         # keep: text, because a column of lists that are all empty has no type for Arrow.
         "notes": "; ".join(record.notes),
     }
-    return {**row, MASK_COLUMN: record.mask_file} if masks else row
+    extra = {MASK_COLUMN: record.mask_file, LOSS_WEIGHT: record.loss_weight, **columns_of(record)}
+    return row | {name: extra[name] for name in optional}
 
 
 def _foreign_columns(root: Path) -> dict[str, dict[str, Any]]:
-    if not (root / NAME).exists():
-        return {}
+    rows = _columns(root) if (root / NAME).exists() else {}
+    return {
+        name: {key: value for key, value in values.items() if key not in {*OURS, *consumed(values)}}
+        for name, values in rows.items()
+    }
+
+
+def _columns(root: Path) -> dict[str, dict[str, Any]]:
     found = read_rows(root, NAME)
     if found.problems:
         raise DataToolsError(
@@ -103,11 +154,7 @@ def _foreign_columns(root: Path) -> dict[str, dict[str, Any]]:
             grouped(found.problems),
         )
     matched, _ = match_rows(found.rows, list_folder(root))
-    dropped = (*OURS, "caption")
-    return {
-        name: {key: value for key, value in row.values.items() if key not in dropped}
-        for name, row in matched.items()
-    }
+    return {name: dict(row.values) for name, row in matched.items()}
 
 
 def read(folder: Path, *, check_bytes: bool = True) -> list[ImageRecord]:
@@ -180,12 +227,16 @@ def _record(name: str, row: Row, find: Finder) -> ImageRecord:
         captions=caption.captions,
         role=caption.role or "instance",
         repeats=caption.repeats or 1,
+        loss_weight=caption.loss_weight,
         sha256=values["sha256"],
         pixel_sha256=values["pixel_sha256"],
         phash=values["phash"],
         mask_file=caption.mask_file,
         source=values["source"] if values.get("source") in SOURCES else "metadata",
         notes=tuple(str(values["notes"]).split("; ")) if values.get("notes") else (),
+        verdict=caption.verdict,
+        verdict_reasons=caption.verdict_reasons,
+        focus=caption.focus,
     )
 
 

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 Role = Literal["instance", "class"]
 ROLES: tuple[str, ...] = get_args(Role)
+Verdict = Literal["keep", "review", "drop"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class ImageRecord:
     """"instance" shows the subject; "class" only preserves what the model knows of its kind."""
     repeats: int = 1
     """How often the picture is seen in an epoch."""
+    loss_weight: float = 1.0
+    """What its loss is multiplied by in training; 0 or more."""
     sha256: str = ""
     """Of the file's bytes."""
     pixel_sha256: str = ""
@@ -37,3 +40,9 @@ class ImageRecord:
     """Where the captions came from: sidecar, metadata, template, filename or kohya folder."""
     notes: tuple[str, ...] = ()
     """What the decoder did to make it plain RGB: rotated, composited, converted, first of several frames."""
+    verdict: Verdict = "keep"
+    """What `clean` or a person decided: "review" is trained on and deserves a look, "drop" is left out of training."""
+    verdict_reasons: tuple[str, ...] = ()
+    """Why, each with its number and threshold."""
+    focus: tuple[float, float] | None = None
+    """What a crop keeps in its middle: shares of the width from the left and of the height from the top, 0 to 1."""

@@ -1,23 +1,32 @@
-"""Rows of metadata.jsonl and metadata.csv, and which picture each of them means."""
+"""Rows of metadata.jsonl, metadata.csv and metadata.parquet, and which picture each of them means."""
 
 from __future__ import annotations
 
 import csv
+import datetime
+import importlib
 import io
 import json
+import math
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from decimal import Decimal
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from data_tools.errors import Problem, RefusedError
+from data_tools.errors import DATA, UNSAFE, Problem, RefusedError
 from data_tools.files import read_regular
 from data_tools.folder import Listing, inside
 from data_tools.text import MAX_TEXT_BYTES, decode_text
 
 MASK_COLUMN = "mask_file_name"
 """An imagefolder column: `datasets` shows it as a second picture called "mask"."""
+MASK_COLUMNS = (MASK_COLUMN, "mask_file")
+"""Both are read; the first is written."""
+
+
+EXAMPLE = 'write one object, such as {"file_name": "a.png", "text": "a photo"}'
 
 
 @dataclass(frozen=True)
@@ -41,55 +50,68 @@ def read_rows(root: Path, name: str) -> Rows:
     """Read a metadata file; a row that cannot be read becomes a problem with its line and column."""
     found = Rows(name)
     try:
-        text = decode_text(read_regular(root / name, MAX_TEXT_BYTES))
+        for row in PARSERS[PurePosixPath(name).suffix](name, read_regular(root / name, MAX_TEXT_BYTES)):
+            if isinstance(row, Problem):
+                found.problems.append(row)
+            else:
+                found.rows.append(row)
     except RefusedError as refusal:
         found.problems.append(refusal.problem(name))
-        return found
-    parse = _csv if name.endswith(".csv") else _jsonl
-    for row in parse(name, text):
-        if isinstance(row, Problem):
-            found.problems.append(row)
-        else:
-            found.rows.append(row)
     return found
 
 
-def _jsonl(name: str, text: str) -> Iterator[Row | Problem]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        place = f"{name} line {number}"
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError as error:
-            yield Problem(
-                f"{place}, column {error.colno}",
-                f"is not JSON ({error.msg})",
-                "the row cannot be read",
-                'write one object per line, such as {"file_name": "a.png", "text": "a photo"}',
-            )
-            continue
-        except (ValueError, RecursionError) as error:
-            yield Problem(
-                place,
-                f"is not usable JSON ({error})",
-                "the row cannot be read",
-                "write plain text and numbers",
-            )
-            continue
-        if isinstance(values, dict):
-            yield Row(place, values)
-        else:
-            yield Problem(
-                place,
-                f"holds {type(values).__name__}, not an object",
-                "columns have names",
-                'write one object per line, such as {"file_name": "a.png", "text": "a photo"}',
-            )
+def json_object(text: str) -> dict[str, Any]:
+    """The object that a JSON text holds.
+
+    Raises:
+        RefusedError: no JSON, telling line and column where it breaks off; or no object.
+    """
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if "\n" in text else ""
+        raise RefusedError(
+            f"is not JSON at {line}column {error.colno} ({error.msg})", "it cannot be read", EXAMPLE
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise RefusedError(
+            f"is not usable JSON ({error})", "it cannot be read", "write plain text and numbers"
+        ) from error
+    if not isinstance(values, dict):
+        raise RefusedError(f"holds {type(values).__name__}, not an object", "columns have names", EXAMPLE)
+    return values
 
 
-def _csv(name: str, text: str) -> Iterator[Row | Problem]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+def _jsonl(name: str, data: bytes) -> Iterator[Row | Problem]:
+    # keep: not str.splitlines, which also splits at separators that JSON allows in a string.
+    for number, line in enumerate(decode_text(data).split("\n"), start=1):
+        if line.strip():
+            place = f"{name} line {number}"
+            try:
+                yield Row(place, json_object(line))
+            except RefusedError as refusal:
+                yield refusal.problem(place)
+
+
+def _parquet(name: str, data: bytes) -> Iterator[Row | Problem]:
+    parquet = importlib.import_module("pyarrow.parquet")
+    try:
+        table = parquet.ParquetFile(io.BytesIO(data))
+        number = 0
+        for batch in table.iter_batches(1024):
+            for values in batch.to_pylist():
+                number += 1
+                yield Row(f"{name} row {number}", values)
+    except (OSError, ValueError, RuntimeError, TypeError) as error:  # pyarrow's errors are these
+        raise RefusedError(
+            f"is not parquet ({str(error).splitlines()[0]})",
+            "its rows cannot be read",
+            "write it again (pandas: to_parquet), or as metadata.jsonl",
+        ) from error
+
+
+def _csv(name: str, data: bytes) -> Iterator[Row | Problem]:
+    reader = csv.DictReader(io.StringIO(decode_text(data), newline=""), strict=True)
     while True:
         try:
             values = next(reader, None)
@@ -113,6 +135,25 @@ def _csv(name: str, text: str) -> Iterator[Row | Problem]:
             )
         else:
             yield Row(place, dict(values))
+
+
+PARSERS = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
+"""By the ending of the metadata file."""
+
+
+def plain(value: Any) -> Any:
+    """A value that JSON can hold; bytes become their length, because a second picture is not a column of text."""
+    if isinstance(value, bytes):
+        return f"{len(value)} bytes"
+    if isinstance(value, Mapping):
+        return {str(name): plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, datetime.datetime | datetime.date | datetime.time | datetime.timedelta | Decimal):
+        return str(value)
+    return value
 
 
 def match_rows(rows: list[Row], listing: Listing) -> tuple[dict[str, Row], list[Problem]]:
@@ -145,9 +186,10 @@ class Finder:
 
     def __init__(self, listing: Listing) -> None:
         self.listing = listing
-        self.exact = set(listing.pictures)
-        self.composed = {unicodedata.normalize("NFC", name): name for name in listing.pictures}
-        self.folded = {name.casefold(): name for name in listing.pictures}
+        names = [*listing.pictures, *listing.masks.values()]
+        self.exact = set(names)
+        self.composed = {unicodedata.normalize("NFC", name): name for name in names}
+        self.folded = {name.casefold(): name for name in names}
 
     def __call__(self, written: object) -> str:
         """The file meant by `written`; NFC and NFD spellings of a name are the same name.
@@ -167,6 +209,7 @@ class Finder:
                 f"names {written!r}",
                 "only files inside the folder are read (no .., absolute path or address)",
                 "copy the picture into the folder and name it relative to it",
+                UNSAFE if isinstance(written, str) and written.strip() else DATA,
             )
         found = name if name in self.exact else self.composed.get(unicodedata.normalize("NFC", name))
         if found is not None:
@@ -180,5 +223,5 @@ class Finder:
             )
         known = next((problem for problem in self.listing.problems if problem.file_name == name), None)
         if known is not None:
-            raise RefusedError(f"names {name!r}, which {known.what}", known.why, known.remedy)
+            raise RefusedError(f"names {name!r}, which {known.what}", known.why, known.remedy, known.code)
         raise RefusedError(f"names {name!r}", "there is no such picture", "add the file, or remove the row")

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_tools.captioners import AUTO, Answer, Caption, caption_folder
 from data_tools.captioners.kohya import folder_notes, repeats
-from data_tools.errors import SEVERITIES, DataToolsError, Problem, RefusedError, grouped, shown
-from data_tools.files import read_regular
-from data_tools.fingerprints import phash, pixel_sha256, sha256
+from data_tools.errors import SEVERITIES, DataToolsError, Problem, gravest, grouped, shown
 from data_tools.folder import Listing, list_folder, order
-from data_tools.images import MAX_FILE_BYTES, MIN_SIDE, WHITE, Color, decode, load_image
+from data_tools.images import WHITE, Color, load_image
+from data_tools.inspection import Looking, Progress, inspect_all
+from data_tools.memory import Memory
 from data_tools.records import ImageRecord
 
-__all__ = ["ImageRecord", "Problem", "ScanResult", "inspect", "load_image", "scan"]
-
-Progress = Callable[[int, int], None]
-MAX_ASPECT = 4.0
-"""Long side over short side; above this most buckets crop much of the picture away."""
+__all__ = ["ImageRecord", "Problem", "Progress", "ScanResult", "inspect", "load_image", "scan"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +25,10 @@ class ScanResult:
     folder: Path
     records: list[ImageRecord]
     problems: list[Problem]
+    decoded: int = 0
+    """Pictures that were decoded; an earlier scan had seen the others."""
+    uncaptioned: tuple[ImageRecord, ...] = ()
+    """Pictures that decode well and have no usable caption or mask; the problems say why."""
 
     def of(self, severity: str) -> list[Problem]:
         """The problems of one severity: "error", "warning" or "note"."""
@@ -50,6 +47,7 @@ class ScanResult:
                 f"{shown(str(self.folder))} is not ready: {count} error{'s' if count > 1 else ''}, "
                 f"{len(self.records)} usable pictures.",
                 errors,
+                gravest(self.problems),
             )
 
 
@@ -61,6 +59,7 @@ def scan(
     background: Color = WHITE,
     workers: int | None = None,
     progress: Progress | None = None,
+    memory: Memory | None = None,
 ) -> ScanResult:
     """Decode every picture under `folder`, find its captions, and name everything that is left out or odd.
 
@@ -68,16 +67,18 @@ def scan(
 
     Args:
         folder: the dataset folder; searched through all levels.
-        captions: "auto" (metadata.jsonl or .csv; else per picture: sidecar, kohya folder, template) or a name
+        captions: "auto" (metadata.jsonl, .csv or .parquet; else per picture: sidecar, kohya folder, template) or a name
             in `captioners.CAPTIONERS`.
         template: a sentence with the blanks {stem}, {folder}, {number}.
         background: red, green, blue shown where a picture is transparent.
         workers: threads that decode; None means one per CPU core, at most 8 (each may hold a 64 MP picture).
         progress: called as (done, total) after each picture, from the calling thread.
+        memory: what earlier scans saw of this folder; pictures that have not changed are not decoded again.
 
     Raises:
         UsageError: no such folder, or options that cannot be followed.
         DataToolsError: no picture in the folder at all.
+        StorageError: the memory's disk is full.
     """
     listing = list_folder(folder)
     answer = caption_folder(listing, captions, template)
@@ -87,21 +88,27 @@ def scan(
             f"There is no picture in {shown(str(folder))}; give the folder that holds them.",
             grouped([*listing.problems, *answer.problems]),
         )
-    seen = _inspect_all(listing, background, workers, progress)
+    seen = inspect_all(listing, Looking(background, workers, progress, memory))
     broken = {problem.file_name for problem in seen.problems if problem.severity == "error"}
     # keep: one reason is enough; a picture that cannot be decoded need not be told to lack a caption as well.
     captioning = [problem for problem in answer.problems if problem.file_name not in broken]
     problems = [*listing.problems, *seen.problems, *captioning, *folder_notes(listing)]
-    problems += _bad_masks(answer, seen.records)
+    masks_of = _masks(listing, answer)
+    problems += _mask_conflicts(listing, answer)
+    problems += _bad_masks(masks_of, seen.records)
     bad = {problem.file_name for problem in problems if problem.severity == "error"}
     records = [
-        _captioned(record, answer.captions[name])
+        _captioned(record, answer.captions[name], masks_of.get(name))
         for name, record in seen.records.items()
         if name in answer.captions and name not in masks and name not in bad
     ]
     problems += _changed(answer, records)
     problems += _duplicates(records)
-    return ScanResult(listing.root, records, _sorted(problems))
+    used = {record.file_name for record in records} | masks | set(listing.masks.values())
+    others = tuple(
+        replace(record, repeats=repeats(name)) for name, record in seen.records.items() if name not in used
+    )
+    return ScanResult(listing.root, records, _sorted(problems), seen.decoded, others)
 
 
 def inspect(
@@ -109,100 +116,59 @@ def inspect(
 ) -> ScanResult:
     """As `scan`, without looking for captions: all records have `captions=()`."""
     listing = list_folder(folder)
-    seen = _inspect_all(listing, background, workers, progress)
-    records = [replace(record, repeats=repeats(record.file_name)) for record in seen.records.values()]
-    return ScanResult(listing.root, records, _sorted([*listing.problems, *seen.problems]))
+    seen = inspect_all(listing, Looking(background, workers, progress))
+    masks = set(listing.masks.values())
+    records = [
+        replace(record, repeats=repeats(name)) for name, record in seen.records.items() if name not in masks
+    ]
+    return ScanResult(listing.root, records, _sorted([*listing.problems, *seen.problems]), seen.decoded)
 
 
-@dataclass
-class _Seen:
-    records: dict[str, ImageRecord] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
-
-
-def _inspect_all(
-    listing: Listing, background: Color, workers: int | None, progress: Progress | None
-) -> _Seen:
-    """Decode all pictures in threads (Pillow and hashlib release the interpreter lock), in listing order."""
-    seen = _Seen()
-    # keep: one decoder per core but few, because each may hold a 64 MP picture several times over.
-    pool = ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1))
-    try:
-        results = pool.map(partial(_inspect_one, listing.root, background=background), listing.pictures)
-        for done, (name, result) in enumerate(zip(listing.pictures, results, strict=True), start=1):
-            if isinstance(result, Problem):
-                seen.problems.append(result)
-            else:
-                seen.records[name] = result
-                seen.problems.extend(_odd_shape(result))
-            if progress is not None:
-                progress(done, len(listing.pictures))
-    finally:
-        # keep: cancel, or Ctrl-C would first decode the rest of the folder.
-        pool.shutdown(wait=True, cancel_futures=True)
-    return seen
-
-
-def _inspect_one(root: Path, name: str, *, background: Color) -> ImageRecord | Problem:
-    """One picture: its record without captions, or why it cannot be used."""
-    try:
-        # keep: one read, so that the digest is of the very bytes that were decoded.
-        data = read_regular(root / name, MAX_FILE_BYTES)
-        image, notes = decode(data, background)
-        if min(image.size) < MIN_SIDE:
-            raise RefusedError(
-                f"is {image.width} x {image.height} pixels",
-                f"below {MIN_SIDE} pixels there is nothing for the autoencoder",
-                "remove it",
-            )
-    except RefusedError as refusal:
-        return refusal.problem(name)
-    return ImageRecord(
-        name,
-        image.width,
-        image.height,
-        (),
-        sha256=sha256(data),
-        pixel_sha256=pixel_sha256(image),
-        phash=phash(image),
-        notes=notes,
-    )
-
-
-def _odd_shape(record: ImageRecord) -> Iterator[Problem]:
-    aspect = max(record.width, record.height) / min(record.width, record.height)
-    if aspect > MAX_ASPECT:
-        yield Problem(
-            record.file_name,
-            f"is {record.width} x {record.height} pixels, {aspect:.1f} to 1",
-            "no bucket is that narrow, so much of it will be cropped away",
-            "crop it to what matters",
-            "warning",
-        )
-
-
-def _captioned(record: ImageRecord, caption: Caption) -> ImageRecord:
+def _captioned(record: ImageRecord, caption: Caption, mask: str | None) -> ImageRecord:
     return replace(
         record,
         captions=caption.captions,
         source=caption.source,
         role=caption.role or "instance",
         repeats=caption.repeats or repeats(record.file_name),
-        mask_file=caption.mask_file,
+        loss_weight=caption.loss_weight,
+        mask_file=mask,
+        verdict=caption.verdict,
+        verdict_reasons=caption.verdict_reasons,
+        focus=caption.focus,
     )
 
 
-def _bad_masks(answer: Answer, seen: dict[str, ImageRecord]) -> Iterator[Problem]:
-    for name, caption in answer.captions.items():
-        if caption.mask_file is None or name not in seen:
+def _masks(listing: Listing, answer: Answer) -> dict[str, str]:
+    """Picture -> mask: what metadata names, else what was found by name."""
+    named = {name: caption.mask_file for name, caption in answer.captions.items() if caption.mask_file}
+    return {**listing.masks, **named}
+
+
+def _mask_conflicts(listing: Listing, answer: Answer) -> Iterator[Problem]:
+    for name, mask in listing.masks.items():
+        caption = answer.captions.get(name)
+        if caption is not None and caption.mask_file not in (None, mask):
+            yield Problem(
+                name,
+                f"has the mask {mask} by its name, and its row names {caption.mask_file}",
+                "the row is followed",
+                "remove one of the two",
+                "warning",
+            )
+
+
+def _bad_masks(masks: dict[str, str], seen: dict[str, ImageRecord]) -> Iterator[Problem]:
+    for name, mask_file in masks.items():
+        if name not in seen:
             continue
-        mask = seen.get(caption.mask_file)
+        mask = seen.get(mask_file)
         if mask is None:
             yield Problem(
                 name,
-                f"has an unusable mask {caption.mask_file}",
+                f"has an unusable mask {mask_file}",
                 "the reason is told with that file",
-                "mend the mask, or remove it from the row",
+                "mend the mask, or remove it",
             )
         elif (mask.width, mask.height) != (seen[name].width, seen[name].height):
             yield Problem(

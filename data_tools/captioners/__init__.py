@@ -6,10 +6,11 @@ from data_tools.captioners.base import Answer, Caption, Captioner
 from data_tools.captioners.filename import filename
 from data_tools.captioners.kohya import kohya
 from data_tools.captioners.metadata import metadata
-from data_tools.captioners.sidecar import sidecar, stem
+from data_tools.captioners.sidecar import sidecar
 from data_tools.captioners.template import check_template, template
 from data_tools.errors import Problem, UsageError
 from data_tools.folder import Listing
+from data_tools.names import stem
 
 __all__ = ["AUTO", "CAPTIONERS", "Answer", "Caption", "Captioner", "caption_folder"]
 

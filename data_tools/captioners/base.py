@@ -8,7 +8,7 @@ from typing import Protocol
 
 from data_tools.errors import Problem
 from data_tools.folder import Listing
-from data_tools.records import Role
+from data_tools.records import Role, Verdict
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,10 @@ class Caption:
     repeats: int | None = None
     mask_file: str | None = None
     sha256: str | None = None
+    verdict: Verdict = "keep"
+    verdict_reasons: tuple[str, ...] = ()
+    focus: tuple[float, float] | None = None
+    loss_weight: float = 1.0
 
 
 @dataclass

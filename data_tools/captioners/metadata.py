@@ -1,19 +1,12 @@
-"""Captions from metadata.jsonl or metadata.csv at the top of the folder (the imagefolder convention)."""
+"""Captions from metadata.jsonl, .csv or .parquet at the top of the folder (the imagefolder convention)."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from data_tools.captioners.base import Answer, Caption
-from data_tools.captioners.sidecar import empty_caption
+from data_tools.captioners.columns import empty_caption, parse_columns
 from data_tools.errors import Problem, RefusedError
 from data_tools.folder import Listing
-from data_tools.records import ROLES, Role
-from data_tools.rows import MASK_COLUMN, Finder, Row, match_rows, read_rows
-from data_tools.text import split_captions
-
-TEXT_COLUMNS = ("text", "caption")
-MAX_REPEATS = 1_000_000
+from data_tools.rows import Finder, Row, match_rows, read_rows
 
 
 def metadata(listing: Listing, template: str | None) -> Answer:
@@ -27,7 +20,7 @@ def metadata(listing: Listing, template: str | None) -> Answer:
         answer.problems.append(
             Problem(
                 "",
-                "there is no metadata.jsonl or metadata.csv in the top folder",
+                "there is no metadata.jsonl, .csv or .parquet in the top folder",
                 "captions were asked from there",
                 "write one, or choose other captions",
             )
@@ -56,6 +49,7 @@ def metadata(listing: Listing, template: str | None) -> Answer:
         if "" in answer.captions[name].captions:
             answer.problems.append(empty_caption(f"{name} ({row.place})"))
     masks = {caption.mask_file for caption in answer.captions.values() if caption.mask_file}
+    masks |= set(listing.masks.values())
     answer.used |= masks
     for name in masks & answer.captions.keys():
         answer.fail(
@@ -84,53 +78,4 @@ def parse_row(row: Row, find: Finder) -> Caption:
     Raises:
         RefusedError: a column that is missing or holds the wrong kind of value.
     """
-    role = row.values.get("role") or "instance"
-    if role not in ROLES:
-        raise RefusedError(
-            f"has role {role!r}", f"roles are {' and '.join(ROLES)}", "write one of them, or leave it out"
-        )
-    mask = row.values.get(MASK_COLUMN) or None
-    digest = row.values.get("sha256") or None
-    return Caption(
-        captions=_captions(row.values),
-        source="metadata",
-        role=_role(role),
-        repeats=_repeats(row.values.get("repeats")),
-        mask_file=None if mask is None else find(mask),
-        sha256=digest if isinstance(digest, str) else None,
-    )
-
-
-def _role(role: str) -> Role:
-    """Narrow a checked string to the type."""
-    return "class" if role == "class" else "instance"
-
-
-def _captions(values: dict[str, Any]) -> tuple[str, ...]:
-    column = next((name for name in TEXT_COLUMNS if name in values), None)
-    if column is None:
-        raise RefusedError(
-            "has no text", f"captions are read from {' or '.join(TEXT_COLUMNS)}", "add one to the row"
-        )
-    value = values[column]
-    texts = value if isinstance(value, list) and value else [value]
-    if not all(isinstance(text, str) for text in texts):
-        kind = "null" if value is None else type(value).__name__
-        raise RefusedError(
-            f"has a {column} that is {kind}, not text",
-            "a caption is words in quotes",
-            'write "" if an empty caption is meant',
-        )
-    captions = [caption for text in texts for caption in split_captions(text)]
-    return tuple(caption for caption in captions if caption) or ("",)
-
-
-def _repeats(value: object) -> int | None:
-    if value is None or value == "":
-        return None
-    whole = int(value) if isinstance(value, str) and value.isdecimal() and len(value) < 9 else value
-    if isinstance(whole, bool) or not isinstance(whole, int) or not 1 <= whole <= MAX_REPEATS:
-        raise RefusedError(
-            f"has repeats {value!r}", f"it is a whole number from 1 to {MAX_REPEATS:,}", "write such a number"
-        )
-    return whole
+    return parse_columns(row.values, "metadata", find)

@@ -1,84 +1,103 @@
-"""Captions from text files beside the pictures: `cat.png` takes `cat.txt` or `cat.caption`."""
+"""Captions from files beside the pictures: `cat.png` takes `cat.txt`, `cat.caption` or `cat.json`."""
 
 from __future__ import annotations
 
-import unicodedata
 from collections import defaultdict
-from pathlib import PurePosixPath
+from dataclasses import replace
 
 from data_tools.captioners.base import Answer, Caption
+from data_tools.captioners.columns import Find, empty_caption, has_text, parse_columns
 from data_tools.errors import Problem, RefusedError
 from data_tools.files import read_regular
 from data_tools.folder import Listing
+from data_tools.names import stem
+from data_tools.rows import Finder, json_object
 from data_tools.text import MAX_CAPTION_BYTES, decode_text, split_captions
 
 
 def sidecar(listing: Listing, template: str | None) -> Answer:
-    """Read the caption file of exactly the same stem; every non-blank line is one caption.
+    """Read the caption files of exactly the same stem; every non-blank line of a text is one caption.
 
-    A blank file is an empty caption and is listed. Both `.txt` and `.caption` for one picture must agree.
+    A `.json` file may hold `text` (or `caption`, `prompt`), `tags`, `role`, `repeats` and `mask_file_name`;
+    one without any caption is noted and left aside. A blank file is an empty caption and is listed. Several
+    files for one picture must agree.
     """
     answer = Answer()
-    files = defaultdict(list)
+    find = Finder(listing)
+    files: dict[str, dict[str, Caption | None]] = defaultdict(dict)
     for name in listing.sidecars:
-        files[stem(name)].append(name)
-    texts = {name: _read(listing, name, answer) for names in files.values() for name in names}
+        try:
+            said = _read(listing, name, find)
+        except RefusedError as refusal:
+            answer.problems.append(refusal.problem(name))
+            files[stem(name)][name] = None
+            continue
+        answer.used.add(name)
+        if said is None:
+            answer.problems.append(_no_caption(name))
+            continue
+        files[stem(name)][name] = said
+        if said.captions == ("",):
+            answer.problems.append(empty_caption(name))
     pictures = defaultdict(list)
     for picture in listing.pictures:
         pictures[stem(picture)].append(picture)
+    # keep: a text file without a picture is not used, so that it is told.
+    answer.used = {name for name in answer.used if stem(name) in pictures}
     for key in [key for key in pictures if key in files]:
         answer.used.update(files[key])
-        found = [texts[name] for name in files[key]]
-        if len(set(found)) > 1 and None not in found:
-            for picture in pictures[key]:
-                answer.fail(
-                    picture,
-                    Problem(
-                        picture,
-                        f"has two captions that differ: {' and '.join(files[key])}",
-                        "nothing says which one counts",
-                        "remove one of the two",
-                    ),
-                )
-        elif found[0] is None or None in found:
-            answer.failed.update(pictures[key])
-        else:
-            answer.captions.update({picture: Caption(found[0], "sidecar") for picture in pictures[key]})
-        if len(pictures[key]) > 1:
-            answer.problems.append(
-                Problem(
-                    files[key][0],
-                    f"is the caption of {len(pictures[key])} pictures: {', '.join(pictures[key])}",
-                    "they share the stem",
-                    "rename one of them if their captions should differ",
-                    "warning",
-                )
-            )
+        _settle(answer, pictures[key], files[key])
     return answer
 
 
-def stem(name: str) -> str:
-    """The name without its last ending, composed, so that caption and picture may be spelled NFC and NFD."""
-    return unicodedata.normalize("NFC", str(PurePosixPath(name).with_suffix("")))
+def _settle(answer: Answer, pictures: list[str], files: dict[str, Caption | None]) -> None:
+    """Give the pictures of one stem what the files of this stem say, if they agree."""
+    found = [said for said in files.values() if said is not None]
+    if len(found) < len(files):
+        answer.failed.update(pictures)
+    elif len({said.captions for said in found}) > 1:
+        for picture in pictures:
+            answer.fail(
+                picture,
+                Problem(
+                    picture,
+                    f"has two captions that differ: {' and '.join(files)}",
+                    "nothing says which one counts",
+                    "remove one of the two",
+                ),
+            )
+    else:
+        # keep: the .json file, where there is one, because it may also say role, repeats and mask.
+        chosen = next((name for name in files if name.lower().endswith(".json")), next(iter(files)))
+        said: Caption = files[chosen] or found[0]
+        answer.captions.update(dict.fromkeys(pictures, said))
+    if len(pictures) > 1:
+        answer.problems.append(
+            Problem(
+                next(iter(files)),
+                f"is the caption of {len(pictures)} pictures: {', '.join(pictures)}",
+                "they share the stem",
+                "rename one of them if their captions should differ",
+                "warning",
+            )
+        )
 
 
-def _read(listing: Listing, name: str, answer: Answer) -> tuple[str, ...] | None:
-    try:
-        captions = split_captions(decode_text(read_regular(listing.root / name, MAX_CAPTION_BYTES)))
-    except RefusedError as refusal:
-        answer.problems.append(refusal.problem(name))
-        return None
-    if captions == ("",):
-        answer.problems.append(empty_caption(name))
-    return captions
+def _read(listing: Listing, name: str, find: Find) -> Caption | None:
+    """What the file says; None for a .json file that says nothing of a caption, as downloaders write them."""
+    text = decode_text(read_regular(listing.root / name, MAX_CAPTION_BYTES))
+    if not name.lower().endswith(".json"):
+        return Caption(split_captions(text), "sidecar")
+    values = json_object(text)
+    # keep: without its sha256, which is that of the picture before some downloader resized it.
+    return replace(parse_columns(values, "sidecar", find), sha256=None) if has_text(values) else None
 
 
-def empty_caption(name: str) -> Problem:
-    """The warning about a caption without a word."""
+def _no_caption(name: str) -> Problem:
     return Problem(
         name,
-        "is an empty caption",
-        "the picture is trained as an answer to no words at all",
-        "write what it shows, unless that is meant",
-        "warning",
+        "holds no caption",
+        "it has no text, caption, prompt or tags",
+        "add one if it should",
+        "note",
     )

@@ -11,7 +11,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Make a folder of pictures ready for training: check it, caption it, see its buckets. "
+    help="Make a folder of pictures ready for training: check it, clean it, caption it, see it on one page. "
     "Nothing is changed unless you say --write.",
 )
 
@@ -32,4 +32,9 @@ Workers = Annotated[
     typer.Option(
         min=1, help="Threads that decode; as many as CPU cores, up to 8, if not given.", show_default=False
     ),
+]
+Background = Annotated[str, typer.Option(help="Colour behind transparent pixels: white, black, #rrggbb.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Warnings count as errors: exit code 3.")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print everything as one JSON object, for programs and CI.")
 ]

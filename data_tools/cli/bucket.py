@@ -2,87 +2,154 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import json
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from data_tools import buckets, manifest
-from data_tools.cli.app import Folder, Workers, app
-from data_tools.cli.printing import add_row, print_problems, progress_bar, table_of
+from data_tools.buckets import PRESETS, Placement, Size
+from data_tools.cli.app import AsJson, Folder, Workers, app
+from data_tools.cli.printing import add_row, print_problems, progress_bar, say, table_of
+from data_tools.errors import UsageError, shown
 from data_tools.folder import list_folder
+from data_tools.plan_picture import save_plan
 from data_tools.records import ImageRecord
 from data_tools.scan import ScanResult, inspect
+from data_tools.verdicts import without_dropped
+
+Resolution = Annotated[
+    int | None,
+    typer.Option(
+        min=8,
+        help="Side of the square bucket in pixels; all buckets have about this area. 512 for SD1.x, 1024 for SDXL, "
+        "which is taken if nothing is given.",
+        show_default=False,
+    ),
+]
+Multiple = Annotated[
+    int | None, typer.Option(min=1, help="Step of the sides in pixels; 64 if not given.", show_default=False)
+]
+MinSide = Annotated[
+    int | None,
+    typer.Option(min=1, help="Shortest side; half the resolution if not given.", show_default=False),
+]
+MaxSide = Annotated[
+    int | None,
+    typer.Option(min=1, help="Longest side; twice the resolution if not given.", show_default=False),
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        help=f"A list of buckets by name, in place of the numbers: {', '.join(PRESETS)}.", show_default=False
+    ),
+]
+Upscale = Annotated[
+    bool, typer.Option("--upscale", help="Enlarge small pictures; otherwise they get a smaller bucket.")
+]
 
 
+# keep: a command's options are its parameters.
 @app.command()
-def bucket(
+def bucket(  # noqa: PLR0913
     folder: Folder,
     *,
-    resolution: Annotated[
-        int,
-        typer.Option(
-            min=8,
-            help="Side of the square bucket in pixels; all buckets have about this area. "
-            "512 for SD1.x, 1024 for SDXL.",
-        ),
-    ] = 1024,
-    multiple: Annotated[int, typer.Option(min=1, help="Step of the sides in pixels.")] = 64,
-    min_side: Annotated[
-        int | None,
-        typer.Option(min=1, help="Shortest side; half the resolution if not given.", show_default=False),
-    ] = None,
-    max_side: Annotated[
-        int | None,
-        typer.Option(min=1, help="Longest side; twice the resolution if not given.", show_default=False),
-    ] = None,
-    upscale: Annotated[
-        bool, typer.Option("--upscale", help="Enlarge small pictures; otherwise they get a smaller bucket.")
-    ] = False,
+    resolution: Resolution = None,
+    multiple: Multiple = None,
+    min_side: MinSide = None,
+    max_side: MaxSide = None,
+    preset: Preset = None,
+    upscale: Upscale = False,
     files: Annotated[
         bool, typer.Option("--files", help="Also list resize and crop of every picture.")
     ] = False,
+    picture: Annotated[
+        Path | None, typer.Option(help="Also draw the plan into this PNG file.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
     workers: Workers = None,
 ) -> None:
     """Show which sizes the pictures are trained at, and how much of each is cropped away.
 
-    Reads metadata.jsonl if `scan --write` made one; else decodes the pictures.
+    Reads metadata.jsonl if `scan --write` made one, without the pictures whose verdict is drop; else decodes the
+    pictures. Pictures with focus_x and focus_y (shares of width and height) in the manifest are cropped around that
+    point, the others in the middle.
 
-    Example:
+    Examples:
 
       finetune data bucket photos --resolution 512
+
+      finetune data bucket photos --preset sdxl-paper --picture plan.png
     """
     console = Console()
-    sizes = buckets.make_buckets(resolution, multiple, min_side, max_side)
-    if manifest.NAME in list_folder(folder).metadata:
-        result = ScanResult(folder, manifest.read(folder), [])
+    sizes, step = choose(resolution, multiple, min_side, max_side, preset)
+    result = _read(folder, workers)
+    if not as_json:
+        print_problems(console, result)
+    placements = buckets.place(result.records, sizes, upscale=upscale, multiple=step)
+    if as_json:
+        typer.echo(json.dumps(_to_json(result.records, placements), ensure_ascii=False, indent=1))
     else:
+        console.print(_bucket_table(result.records, placements, sizes))
+        if files:
+            console.print(_placement_table(result.records, placements))
+    if picture is not None:
+        save_plan(result.records, placements, picture)
+        if not as_json:
+            say(console, f"Drew the plan into {shown(str(picture))}.")
+    result.raise_for_errors()
+
+
+def choose(
+    resolution: int | None,
+    multiple: int | None,
+    min_side: int | None = None,
+    max_side: int | None = None,
+    preset: str | None = None,
+) -> tuple[list[Size], int | None]:
+    """The buckets asked for, and the step of extra ones for small pictures.
+
+    Raises:
+        UsageError: a preset and numbers beside it; or sizes that leave no bucket.
+    """
+    if preset is None:
+        return buckets.make_buckets(resolution or 1024, multiple or 64, min_side, max_side), multiple or 64
+    numbers = {"resolution": resolution, "multiple": multiple, "min-side": min_side, "max-side": max_side}
+    given = [f"--{name}" for name, value in numbers.items() if value is not None]
+    if given:
+        raise UsageError(f"--preset {preset} is a whole list of sizes; leave out {', '.join(given)}.")
+    return buckets.preset(preset), None
+
+
+def _read(folder: Path, workers: int | None) -> ScanResult:
+    if manifest.NAME not in list_folder(folder).metadata:
         with progress_bar("decoding") as progress:
-            result = inspect(folder, workers=workers, progress=progress)
-    print_problems(console, result)
-    placements = buckets.place(result.records, sizes, upscale=upscale, multiple=multiple)
+            return inspect(folder, workers=workers, progress=progress)
+    kept, left_out = without_dropped(manifest.read(folder))
+    return ScanResult(folder, kept, left_out)
+
+
+def _bucket_table(records: list[ImageRecord], placements: list[Placement], sizes: list[Size]) -> Table:
     table = table_of(
         "buckets", "width x height", "pictures", "with repeats", "cropped away", "at most", "in file"
     )
-    for row in buckets.plan_table(result.records, placements):
-        size = f"{row.bucket[1]} x {row.bucket[0]}" + ("" if row.bucket in sizes else " (small)")
+    for row in buckets.plan_table(records, placements):
         add_row(
             table,
-            size,
+            f"{row.bucket[1]} x {row.bucket[0]}" + ("" if row.bucket in sizes else " (small)"),
             str(row.pictures),
             str(row.samples),
             f"{row.mean_lost:.1%}",
             f"{row.max_lost:.1%}",
             row.most_lost,
         )
-    console.print(table)
-    if files:
-        console.print(_placement_table(result.records, placements))
-    result.raise_for_errors()
+    return table
 
 
-def _placement_table(records: list[ImageRecord], placements: list[buckets.Placement]) -> Table:
+def _placement_table(records: list[ImageRecord], placements: list[Placement]) -> Table:
     table = table_of(
         "every picture (width x height)",
         "file",
@@ -104,3 +171,34 @@ def _placement_table(records: list[ImageRecord], placements: list[buckets.Placem
             f"{placement.lost:.1%}",
         )
     return table
+
+
+def _to_json(records: list[ImageRecord], placements: list[Placement]) -> dict[str, Any]:
+    """All sizes are [width, height] and all points [left, top], pixels."""
+    return {
+        "buckets": [
+            {
+                "size": [row.bucket[1], row.bucket[0]],
+                "pictures": row.pictures,
+                "samples": row.samples,
+                "mean_lost": row.mean_lost,
+                "max_lost": row.max_lost,
+                "most_lost": row.most_lost,
+            }
+            for row in buckets.plan_table(records, placements)
+        ],
+        "pictures": [
+            {"file_name": record.file_name, "size": [record.width, record.height], **placement_json(placement)}
+            for record, placement in zip(records, placements, strict=True)
+        ],
+    }
+
+
+def placement_json(placement: Placement) -> dict[str, Any]:
+    """Sizes as [width, height], the crop's corner as [left, top], pixels."""
+    return {
+        "bucket": [placement.bucket[1], placement.bucket[0]],
+        "resize": [placement.resize[1], placement.resize[0]],
+        "crop_left_top": [placement.crop_top_left[1], placement.crop_top_left[0]],
+        "lost": round(placement.lost, 6),
+    }

@@ -14,6 +14,12 @@ Draw = Callable[..., Image.Image]
 Save = Callable[..., Path]
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What scans remember must not outlive a test, nor come from another one."""
+    monkeypatch.setenv("FINETUNE_CACHE", str(tmp_path_factory.mktemp("memory")))
+
+
 @pytest.fixture
 def draw() -> Draw:
     """draw(width, height, tint): an RGB gradient without any symmetry."""

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_tools.buckets import assign, cut, make_buckets, place, plan_table
+from data_tools.buckets import (
+    PRESETS,
+    around,
+    assign,
+    centred,
+    cut,
+    make_buckets,
+    move,
+    place,
+    plan_table,
+    preset,
+    sdxl_paper,
+    slack,
+)
 from data_tools.errors import DataToolsError, UsageError
 from data_tools.records import ImageRecord
+from tests.data_tools.test_data_cli import run
+
+__all__ = ["run"]
 
 # SDXL paper, arXiv:2307.01952, appendix I: (height, width)
 SDXL = [
@@ -176,3 +194,101 @@ def test_cut_refuses_a_picture_of_another_shape():
         cut(Image.new("RGB", (100, 200)), assign(200, 100, make_buckets(64, 8)))
     extreme = assign(1, 3000, make_buckets(64, 8), upscale=True)
     assert cut(Image.new("RGB", (1, 3000)), extreme).size == extreme.bucket[::-1]
+
+
+def test_the_published_list_is_a_preset():
+    """Training at sizes the base has seen; both orientations, nothing else."""
+    both = {*SDXL, *((width, height) for height, width in SDXL)}
+    assert set(sdxl_paper()) == both and len(sdxl_paper()) == 41 == len(set(preset("sdxl-paper")))
+    assert set(PRESETS) >= {"512", "1024", "sdxl-paper"}
+    with pytest.raises(UsageError, match="choose one of"):
+        preset("sdxl-papre")
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+@settings(max_examples=60, deadline=None)
+@given(width=st.integers(64, 5000), height=st.integers(64, 5000))
+def test_every_preset_gives_sound_placements(name, width, height):
+    """Within the area of the list, inside the picture, never enlarged."""
+    sizes = preset(name)
+    placement = assign(width, height, sizes)
+    assert placement.bucket[0] * placement.bucket[1] <= max(h * w for h, w in sizes)
+    assert placement.resize[0] <= height and placement.resize[1] <= width
+    assert all(side % 16 == 0 for side in placement.bucket)
+
+
+@settings(max_examples=300, deadline=None)
+@given(sides, sides, st.floats(0, 1), st.floats(0, 1), st.booleans())
+def test_every_crop_lies_inside_and_around_its_point(width, height, across, down, upscale):
+    """A crop outside the picture would show its edge smeared; one off the face would cut it."""
+    sizes = make_buckets(512, 64)
+    try:
+        plain = assign(width, height, sizes, upscale=upscale)
+    except DataToolsError:
+        return
+    for crop in (centred, around((across, down)), slack(across, down)):
+        placement = move(plain, crop)
+        assert (placement.bucket, placement.resize, placement.lost) == (plain.bucket, plain.resize, plain.lost)
+        for offset, part, whole in zip(placement.crop_top_left, placement.bucket, placement.resize, strict=True):
+            assert 0 <= offset <= whole - part
+    placement = move(plain, around((across, down)))
+    for share, offset, part, whole in zip(
+        (down, across), placement.crop_top_left, placement.bucket, placement.resize, strict=True
+    ):
+        ideal = share * whole - part / 2
+        nearest = min(max(0, ideal), whole - part)
+        assert abs(offset - nearest) <= 0.5 + 1e-9
+    assert move(plain, around((0.5, 0.5))).crop_top_left[0] - plain.crop_top_left[0] in (0, 1)
+    assert assign(width, height, sizes, upscale=upscale, crop=slack(0, 0)).crop_top_left == (0, 0)
+
+
+def test_random_crops_reach_every_place_equally():
+    """Two uniform draws are all the randomness there is, and the last row is as likely as the first."""
+    plain = assign(600, 512, [(512, 512)])
+    found = [move(plain, slack((n + 0.5) / 890, 0.0)).crop_top_left[1] for n in range(890)]
+    assert sorted(set(found)) == list(range(89)) and {found.count(place) for place in set(found)} == {10}
+    assert move(plain, slack(1.0, 1.0)).crop_top_left == (0, 88)
+
+
+def test_a_record_is_cropped_around_its_focus():
+    """The column in the manifest is what decides; without one it is the middle."""
+    records = [
+        ImageRecord("left.png", 1000, 500, ("x",), focus=(0.1, 0.5)),
+        ImageRecord("plain.png", 1000, 500, ("x",)),
+    ]
+    left, plain = place(records, [(512, 512)], upscale=True)
+    assert left.crop_top_left == (0, 0) and plain.crop_top_left == (0, 256)
+
+
+def test_the_plan_as_a_picture(tmp_path):
+    """Every bucket has a field, drawn in blue; an empty plan is a picture too."""
+    from data_tools.plan_picture import CELL, draw_plan, save_plan
+
+    records = [ImageRecord(f"{n}.png", *size, ("x",)) for n, size in enumerate([(800, 600), (600, 800), (900, 300)])]
+    placements = place(records, make_buckets(512, 64))
+    sheet = draw_plan(records, placements)
+    pixels = np.asarray(sheet)
+    blue = (pixels == (37, 99, 235)).all(axis=-1)
+    assert sheet.width == 40 + 3 * CELL[0]
+    assert all(blue[:, 20 + n * CELL[0] : 20 + (n + 1) * CELL[0]].any() for n in range(3))
+    assert save_plan(records, placements, tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert draw_plan([], []).width > 0
+    with pytest.raises(DataToolsError, match="cannot be written"):
+        save_plan(records, placements, tmp_path / "nowhere" / "plan.png")
+
+
+def test_the_command_knows_presets_pictures_and_json(run, tmp_path, save):
+    """For people, for eyes, for programs; a list and numbers beside it are a contradiction."""
+    save("a.png", 1400, 1000, 1, caption="a")
+    save("b.png", 900, 1300, 2, caption="b")
+    result = run("bucket", tmp_path, "--preset", "sdxl-paper", "--json", "--picture", tmp_path / "plan.png")
+    plan = json.loads(result.stdout)
+    assert result.returncode == 0 and [row["size"] for row in plan["buckets"]] == [[832, 1216], [1152, 832]]
+    assert plan["pictures"][0]["bucket"] == [1152, 832] and (tmp_path / "plan.png").exists()
+    (tmp_path / "plan.png").unlink()
+    assert run("bucket", tmp_path, "--preset", "512", "--multiple", 8).returncode == 2
+    assert run("scan", tmp_path, "--write").returncode == 0
+    rows = (tmp_path / "metadata.jsonl").read_text().replace('"width": 900', '"verdict": "drop", "width": 900')
+    (tmp_path / "metadata.jsonl").write_text(rows)
+    result = run("bucket", tmp_path, "--resolution", 512)
+    assert "b.png: is left out by its verdict" in result.stdout and "1 1" in " ".join(result.stdout.split())

@@ -289,7 +289,7 @@ def test_rows_cannot_lead_out_of_the_folder(tmp_path, save, name):
 @pytest.mark.parametrize(
     "row, words",
     [
-        ('{"file_name": "a.png", "text": "x', ("metadata.jsonl line 2, column", "not JSON")),
+        ('{"file_name": "a.png", "text": "x', ("metadata.jsonl line 2: is not JSON at column",)),
         ("[1]", ("holds list",)),
         ({"text": "x"}, ("line 2: has no file_name",)),
         ({"file_name": "a.png"}, ("has no text",)),

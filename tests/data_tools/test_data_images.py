@@ -227,7 +227,7 @@ def test_truncated_files_are_refused_by_name(tmp_path, draw, format, part):
     [
         (b"", "empty"),
         (b"<!DOCTYPE html><html>", "DOCTYPE"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0", "pillow-heif"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "pillow-heif|not a picture"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n", "not a picture"),
         (b"\x89PNG\r\n\x1a\n", "damaged|not a picture"),
     ],

@@ -120,7 +120,7 @@ def test_read_lists_everything_that_does_not_fit_at_once(written, save):
         "'../a.png'",
         "c.webp: has changed since it was scanned",
         "a.png (metadata.jsonl line 6): has no usable width",
-        "line 7, column",
+        "line 7: is not JSON at column",
     ):
         assert words in str(caught.value), words
     assert caught.value.exit_code == 3

@@ -1,0 +1,173 @@
+"""What `clean` and `report` share: their arguments, progress over several stages, and settings given as name=value."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from PIL import ImageColor
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from data_tools.captioners import AUTO, CAPTIONERS
+from data_tools.clean import Cleaning, Options, Stage
+from data_tools.errors import DataToolsError, StorageError, UsageError, gravest, grouped, shown
+from data_tools.images import Color
+from data_tools.inspection import Progress as OnProgress
+from data_tools.memory import Memory
+from data_tools.processes import this_process
+from data_tools.rules import RULES, Rule, change_rules
+from data_tools.scoring import SCORERS, ScorerSpec
+
+PLAIN_SECONDS = 10.0
+"""Without a terminal a progress line appears at most this often."""
+
+Limits = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--limit",
+        metavar="CHECK=NUMBER",
+        help=f"Change the limit of a check, such as blur=40; repeatable. Checks: {', '.join(RULES)}.",
+    ),
+]
+Verdicts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--verdict",
+        metavar="CHECK=VERDICT",
+        help="Change what a check leads to: drop, review, or keep, which turns it off. Such as near_copy=drop.",
+    ),
+]
+Against = Annotated[
+    list[Path] | None,
+    typer.Option(help="A folder whose pictures must not be in this one, such as the validation set; repeatable."),
+]
+Captions = Annotated[
+    str, typer.Option(help=f"Where captions come from, as in scan: {', '.join([AUTO, *CAPTIONERS])}.")
+]
+
+
+def settings(
+    limits: Sequence[str] | None, verdicts: Sequence[str] | None, scorers: Sequence[ScorerSpec] = ()
+) -> dict[str, Rule]:
+    """The rules as changed on the command line, those of scorers among them.
+
+    Raises:
+        UsageError: an option that is no name=value, or names no check, number or verdict.
+    """
+    wrong = []
+    numbers: dict[str, float] = {}
+    for name, text in pairs("--limit", limits):
+        try:
+            numbers[name] = float(text)
+        except ValueError:
+            wrong.append(f"--limit {name}={text}: {text!r} is no number")
+    if wrong:
+        raise UsageError("These limits cannot be followed:", wrong)
+    rules = {**RULES, **{spec.name: spec.rule for spec in (*SCORERS.values(), *scorers)}}
+    return change_rules(numbers, dict(pairs("--verdict", verdicts)), rules)
+
+
+def pairs(option: str, texts: Sequence[str] | None) -> list[tuple[str, str]]:
+    """name=value options, split.
+
+    Raises:
+        UsageError: one without an equals sign.
+    """
+    split = [text.partition("=") for text in texts or ()]
+    wrong = [name for name, equals, _ in split if not equals]
+    if wrong:
+        raise UsageError(f"{option} {wrong[0]!r} holds no '='; write {option} name=value.")
+    return [(name.strip(), value.strip()) for name, _, value in split]
+
+
+def color(text: str) -> Color:
+    """Red, green, blue of a colour's name or #rrggbb.
+
+    Raises:
+        UsageError: no colour.
+    """
+    try:
+        red, green, blue = ImageColor.getrgb(text)[:3]
+    except ValueError as error:
+        raise UsageError(f"--background {text!r} is no colour; write white, black or #rrggbb.") from error
+    return red, green, blue
+
+
+@contextmanager
+def opened(
+    folder: Path,
+    rules: dict[str, Rule],
+    *,
+    captions: str,
+    template: str | None,
+    background: str,
+    workers: int | None,
+    against: Sequence[Path] | None,
+) -> Iterator[Options]:
+    """Everything that `examine` is asked, with what earlier scans saw and progress on standard error."""
+    behind = color(background)
+    if this_process().count > 1:
+        raise UsageError("This command is for one process; run `scan` under `accelerate launch`, and this one alone.")
+    memory = None
+    # keep: without a writable place everything works, only slower; `scan` is the command that says so.
+    with suppress(StorageError):
+        memory = Memory(folder, behind) if folder.is_dir() else None
+    try:
+        with stages() as stage:
+            yield Options(
+                rules, captions, template, behind, workers, tuple(against or ()), memory=memory, stage=stage
+            )
+    finally:
+        if memory is not None:
+            memory.close()
+
+
+@contextmanager
+def stages() -> Iterator[Stage]:
+    """One progress bar per stage on a terminal; elsewhere a line with the time left now and then."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda title: _Lines(console, title)
+        return
+    columns = (TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+
+        def stage(title: str) -> OnProgress:
+            task = bar.add_task(title, total=None)
+            return lambda done, total: bar.update(task, completed=done, total=total)
+
+        yield stage
+
+
+class _Lines:
+    """A progress line every few seconds, for log files."""
+
+    def __init__(self, console: Console, title: str) -> None:
+        self.console, self.title = console, title
+        self.started = self.last = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self.last >= PLAIN_SECONDS and 0 < done < total:
+            left = (now - self.started) / done * (total - done)
+            self.console.print(f"{self.title}: {done}/{total}, {left:.0f} s left", markup=False, highlight=False)
+            self.last = now
+
+
+def raise_for_broken(cleaning: Cleaning) -> None:
+    """Stop for errors; a caption that is still missing is none for what is looked at here.
+
+    Raises:
+        DataToolsError: naming every error at once.
+    """
+    waiting = {record.file_name for record in cleaning.scan.uncaptioned}
+    errors = [problem for problem in cleaning.scan.of("error") if problem.file_name not in waiting]
+    if errors:
+        raise DataToolsError(
+            f"{shown(str(cleaning.scan.folder))} holds files that cannot be used:", grouped(errors), gravest(errors)
+        )

@@ -1,0 +1,18 @@
+"""Parts of relative names, by plain string work: a folder of a million pictures asks millions of times."""
+
+from __future__ import annotations
+
+import unicodedata
+
+
+def suffix(name: str) -> str:
+    """The file ending in lower case, with its dot; empty for none and for hidden files."""
+    base = name.rpartition("/")[2]
+    dot = base.rfind(".")
+    return base[dot:].lower() if 0 < dot < len(base) - 1 else ""
+
+
+def stem(name: str) -> str:
+    """The name without its ending, composed, so that companions may be spelled NFC and NFD."""
+    bare = name[: len(name) - len(suffix(name))]
+    return bare if bare.isascii() else unicodedata.normalize("NFC", bare)
