@@ -1,33 +1,53 @@
-"""Base models. The only package that knows a family's name; to add one, write its file and name it in FAMILIES."""
+"""Base models. The only package that knows a family's name; to add one, write its file and name it in FAMILIES.
+
+What needs torch is loaded on first use, so that a file's header can be read and judged without it.
+"""
 
 from __future__ import annotations
 
-from types import MappingProxyType
+import importlib
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    from finetune.families.base import Components, Conditioning, Latents, ModelFamily, Reading, SizeConditioning
+    from finetune.families.choices import Choices
+    from finetune.families.detect import Detection, detect_family
+    from finetune.families.registry import FAMILIES, load_family, load_model
 
-from finetune.families import loading
-from finetune.families.base import Components, Conditioning, Latents, ModelFamily, SizeConditioning
-from finetune.families.sd import SD1
+_ON_DEMAND = {
+    "FAMILIES": "finetune.families.registry",
+    "Choices": "finetune.families.choices",
+    "Components": "finetune.families.base",
+    "Conditioning": "finetune.families.base",
+    "Detection": "finetune.families.detect",
+    "Latents": "finetune.families.base",
+    "ModelFamily": "finetune.families.base",
+    "Reading": "finetune.families.base",
+    "SizeConditioning": "finetune.families.base",
+    "detect_family": "finetune.families.detect",
+    "load_family": "finetune.families.registry",
+    "load_model": "finetune.families.registry",
+}
+"""Public name -> the module that defines it."""
 
-FAMILIES: MappingProxyType[str, ModelFamily] = MappingProxyType({family.name: family for family in (SD1(),)})
+__all__ = [
+    "FAMILIES",
+    "Choices",
+    "Components",
+    "Conditioning",
+    "Detection",
+    "Latents",
+    "ModelFamily",
+    "Reading",
+    "SizeConditioning",
+    "detect_family",
+    "load_family",
+    "load_model",
+]
 
 
-def load_family(
-    base: str, *, dtype: torch.dtype = torch.float32, revision: str | None = None, variant: str | None = None
-) -> tuple[ModelFamily, Components]:
-    """Load a base model and say what it is.
-
-    Args:
-        base: "demo" (the embedded base), a diffusers folder, or a hub id.
-        dtype: number format of the denoiser and the text encoders; the autoencoder is always fp32.
-        revision: branch, tag or commit of a hub id.
-        variant: file variant inside the base, e.g. "fp16".
-
-    Raises:
-        ConfigError: if the base cannot be found, is not safetensors, or is of no family here.
-    """
-    return loading.load(FAMILIES, base, dtype, revision, variant)
-
-
-__all__ = ["FAMILIES", "Components", "Conditioning", "Latents", "ModelFamily", "SizeConditioning", "load_family"]
+def __getattr__(name: str) -> Any:
+    """Load a public name from the table above."""
+    if name not in _ON_DEMAND:
+        raise AttributeError(f"module 'finetune.families' has no attribute {name!r}")
+    return getattr(importlib.import_module(_ON_DEMAND[name]), name)

@@ -6,11 +6,16 @@ A family never sees a configuration, never moves anything between devices and ne
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+
+from finetune.families import reading
+from finetune.families.original_keys import Layout
+from finetune.families.text import spelled_out
 
 Conditioning = dict[str, Tensor]
 """What the denoiser is told besides the noisy latents, under the denoiser's own keyword names; batch first.
@@ -50,6 +55,29 @@ class SizeConditioning:
     target_size: Tensor
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How prompts are read where a family leaves a choice, to the user or to the checkpoint.
+
+    Attributes:
+        clip_skip: which layer of the CLIP encoders is read, counted from their end: 1 is the last, 2 the one before.
+            None means the family's own.
+        prompt_chunks: how many times 75 tokens of a prompt CLIP reads; the embeddings stand one behind the other.
+        t5_tokens: how many tokens T5 reads. None means the family's own.
+        guidance: the guidance strength that a guidance-distilled denoiser is told.
+        zero_empty: whether an empty prompt means zeros instead of the encoded empty text, as the checkpoint's pipeline
+            says for guidance.
+        width: of one encoded token, where the denoiser must say it because the encoder that would may be missing.
+    """
+
+    clip_skip: int | None = None
+    prompt_chunks: int = 1
+    t5_tokens: int | None = None
+    guidance: float = 1.0
+    zero_empty: bool = False
+    width: int | None = None
+
+
 @dataclass
 class Components:
     """A loaded base model, part by part.
@@ -61,6 +89,8 @@ class Components:
         source: what the user called the base model: a folder name, a hub id or "demo"; never an absolute path.
         digest: SHA-256 over the weights' content, 64 hex digits; identifies the base in checkpoints and files.
         digests: the same per part, keys as in `modules()`; caches depend on one part only.
+        pipeline_config: the checkpoint's own switches of its pipeline, e.g. {"force_zeros_for_empty_prompt": True}.
+        notes: what the user should know of this very checkpoint before training on it, e.g. that it is distilled.
     """
 
     denoiser: nn.Module
@@ -71,6 +101,8 @@ class Components:
     source: str
     digest: str
     digests: dict[str, str] = field(default_factory=dict)
+    pipeline_config: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def modules(self) -> dict[str, nn.Module]:
         """Every network by its pipeline name: the denoiser, the text encoders, and the autoencoder if it is loaded."""
@@ -80,8 +112,11 @@ class Components:
         return named
 
 
+@dataclass(frozen=True)
 class ModelFamily(ABC):
-    """One kind of base model. Subclasses state facts and implement four actions; they hold no state."""
+    """One kind of base model: facts first, then actions on tensors. It holds nothing but how prompts are read."""
+
+    reading: Reading = Reading()
 
     name: ClassVar[str]
     """The family's name in tables, files and messages: "sd1"."""
@@ -91,6 +126,8 @@ class ModelFamily(ABC):
     """The diffusers pipeline class that loads and samples this family."""
     text_encoders: ClassVar[tuple[str, ...]]
     """The pipeline's text encoders, in order."""
+    optional_text_encoders: ClassVar[frozenset[str]] = frozenset()
+    """Those that a checkpoint may lack."""
     resolution: ClassVar[int]
     """The side of a square picture the published base was trained on, in pixels."""
     bucket_multiple: ClassVar[int]
@@ -103,18 +140,31 @@ class ModelFamily(ABC):
     """Prefix of adapter keys in kohya layout, e.g. {"denoiser": "lora_unet", "text_encoder": "lora_te"}."""
     target_presets: ClassVar[dict[str, dict[str, str]]]
     """preset -> component kind ("denoiser" or a text encoder's name) -> regular expression over module names."""
+    denoiser_unread: ClassVar[str | None] = None
+    """Denoiser layers whose output nothing reads, so that they cannot learn: a regular expression, {last} standing for
+    the number of the last block."""
+    clip_layer: ClassVar[int] = 1
+    """Which layer of the CLIP encoders is read unless `Reading.clip_skip` says otherwise, counted from their end."""
+    pooled_encoders: ClassVar[frozenset[str]] = frozenset()
+    """CLIP encoders whose pooled output is read too, so that all their layers learn."""
+    t5_tokens: ClassVar[dict[str, int]] = {}
+    """T5 encoders of this family, and how many tokens they read unless `Reading.t5_tokens` says otherwise."""
+    reading_options: ClassVar[frozenset[str]]
+    """Fields of `Reading` that a user may set for this family."""
+    skeletons: ClassVar[tuple[str, ...]]
+    """Published shapes of this family, the usual one first: names of configurations shipped in `skeletons`."""
+    original: ClassVar[Mapping[str, Layout]]
+    """pipeline name -> how that network stands in an original single file."""
+    pipeline_prompts: ClassVar[dict[str, str]]
+    """Name in `Conditioning` -> argument of the pipeline's call; "negative_" goes in front of it for guidance."""
+    packing: ClassVar[int] = 1
+    """Side of the square of latents that the pipeline's own latents hold in one token; 1 when they are a picture."""
+    pipeline_starts_from_picture: ClassVar[bool] = False
+    """Whether the pipeline repaints a picture; from pure noise it then starts with empty latents and strength 1."""
 
     @abstractmethod
     def matches(self, model_index: dict[str, Any], denoiser_config: dict[str, Any]) -> bool:
         """Whether a checkpoint with this `model_index.json` and denoiser configuration is of this family."""
-
-    @abstractmethod
-    def encode_images(self, vae: nn.Module, pixel_values: Tensor) -> Latents:
-        """Encode pictures of shape (B, 3, H, W) in [-1, 1] into scaled latents of shape (B, C, h, w)."""
-
-    @abstractmethod
-    def decode_latents(self, vae: nn.Module, latents: Tensor) -> Tensor:
-        """Decode scaled latents of shape (B, C, h, w) into pictures of shape (B, 3, H, W) in [-1, 1]."""
 
     @abstractmethod
     def encode_prompts(self, text_encoders: dict[str, nn.Module], tokens: dict[str, Tensor]) -> Conditioning:
@@ -131,21 +181,87 @@ class ModelFamily(ABC):
     ) -> Tensor:
         """The denoiser's raw prediction, shape of `noisy_latents`; `timesteps` (B,) in the model's own unit."""
 
-    def tokenize(self, tokenizers: dict[str, Any], prompts: list[str]) -> dict[str, Tensor]:
-        """Token ids per text encoder, padded to the encoder's own length; shape (B, length), int64.
+    @abstractmethod
+    def latent_multiple(self, denoiser: nn.Module) -> int:
+        """What the sides of latents must be divisible by, so that the denoiser can halve or patch them."""
 
-        Captions longer than the encoder reads are cut; `data` counts and reports them before a run starts.
+    @abstractmethod
+    def notes(self, denoiser_config: Mapping[str, Any], scheduler_config: Mapping[str, Any]) -> list[str]:
+        """What a user should know of a checkpoint with this configuration before training on it."""
+
+    def encode_images(self, vae: nn.Module, pixel_values: Tensor) -> Latents:
+        """Encode pictures of shape (B, 3, H, W) in [-1, 1] into scaled latents of shape (B, C, h, w).
+
+        Scale, shift and per-channel statistics are those of the autoencoder's own configuration.
+        """
+        posterior = cast(Any, vae).encode(pixel_values).latent_dist
+        shift, scale = _normalisation(vae, posterior.mean)
+        return Latents(mean=(posterior.mean - shift) * scale, std=posterior.std * scale)
+
+    def decode_latents(self, vae: nn.Module, latents: Tensor) -> Tensor:
+        """Decode scaled latents of shape (B, C, h, w) into pictures of shape (B, 3, H, W) in [-1, 1]."""
+        shift, scale = _normalisation(vae, latents)
+        return cast(Tensor, cast(Any, vae).decode(latents / scale + shift).sample)
+
+    def tokenize(self, tokenizers: dict[str, Any], prompts: list[str]) -> dict[str, Tensor]:
+        """Token ids per text encoder, padded to what the encoder reads; shape (B, length), int64.
+
+        Captions longer than that are cut; `data` counts and reports them before a run starts.
         """
         return {
-            name: tokenizer(
-                prompts,
-                padding="max_length",
-                max_length=tokenizer.model_max_length,
-                truncation=True,
-                return_tensors="pt",
-            ).input_ids
+            name: reading.t5_ids(tokenizer, spelled_out(tokenizer, prompts), self.token_limit(name, tokenizer))
+            if name in self.t5_tokens
+            else reading.clip_ids(tokenizer, spelled_out(tokenizer, prompts), self.reading.prompt_chunks)
             for name, tokenizer in tokenizers.items()
         }
+
+    def token_limit(self, name: str, tokenizer: Any) -> int:
+        """How many tokens of a prompt the text encoder `name` reads, begin and end marks included."""
+        if name in self.t5_tokens:
+            return self.reading.t5_tokens or self.t5_tokens[name]
+        return (int(tokenizer.model_max_length) - 2) * self.reading.prompt_chunks + 2
+
+    def usual_encoders(self) -> tuple[str, ...]:
+        """The text encoders that are trained when none is named: the CLIPs.
+
+        T5 is left out: it is larger than most denoisers, and no program reads adapters for it.
+        """
+        return tuple(name for name in self.text_encoders if name not in self.t5_tokens)
+
+    def hidden_layer(self) -> int:
+        """Which layer of the CLIP encoders is read, counted from their end."""
+        return self.reading.clip_skip or self.clip_layer
+
+    def targets(self, preset: str, component: str, module: nn.Module) -> str:
+        """The layers of one network that a preset means: a regular expression over whole module names.
+
+        Layers that nothing reads are left out, for they would never learn; an expression that is no preset stays as it
+        is.
+
+        Args:
+            component: "denoiser" or a text encoder's name.
+            module: that network.
+        """
+        if preset not in self.target_presets:
+            return preset
+        unread = self.unread(component, module)
+        pattern = self.target_presets[preset][component]
+        return f"(?!{unread})(?:{pattern})" if unread else pattern
+
+    def unread(self, component: str, module: nn.Module) -> str | None:
+        """A regular expression for the layers of a network whose output nothing reads; None if all are read."""
+        config: Any = module.config
+        if component == "denoiser":
+            blocks = getattr(config, "num_layers", None)
+            return self.denoiser_unread.format(last=blocks - 1) if self.denoiser_unread and blocks else None
+        if component in self.t5_tokens or component in self.pooled_encoders:
+            return None
+        count = int(config.num_hidden_layers)
+        numbers = range(count - self.hidden_layer() + 1, count)
+        unread = [rf"layers\.({'|'.join(map(str, numbers))})\."] if numbers else []
+        # keep: families that read an inner layer by default read it as it is, without the final norm.
+        unread += ["final_layer_norm"] if self.clip_layer > 1 else []
+        return rf".*\b({'|'.join(unread)})" if unread else None
 
     def native_resolution(self, components: Components) -> int:
         """The side, in pixels, of a square picture for this very checkpoint, from its denoiser's own sample size."""
@@ -156,9 +272,36 @@ class ModelFamily(ABC):
     def vae_stride(self, vae: nn.Module) -> int:
         """Pixels per latent along one side."""
         config: Any = vae.config
-        return 2 ** (len(config.block_out_channels) - 1)
+        return int(2 ** (len(config.block_out_channels) - 1))
+
+    def smallest_multiple(self, components: Components) -> int:
+        """What picture sides must be divisible by so that autoencoder and denoiser divide them evenly, in pixels."""
+        assert components.vae is not None, "the autoencoder is loaded with the base and dropped after caching"
+        return self.vae_stride(components.vae) * self.latent_multiple(components.denoiser)
+
+    def latent_channels(self, denoiser: nn.Module) -> int:
+        """Channels of the latents that the denoiser predicts."""
+        config: Any = denoiser.config
+        return int(config.in_channels) // self.packing**2
+
+    def as_picture(self, latents: Tensor, height: int, width: int) -> Tensor:
+        """The pipeline's own latents as (B, C, h, w); `height` and `width` count latents."""
+        if self.packing == 1:
+            return latents
+        return reading.unpack(latents, height, width, self.packing)
 
     @staticmethod
     def device_of(module: nn.Module) -> torch.device:
         """Where a network lives."""
         return next(module.parameters()).device
+
+
+def _normalisation(vae: nn.Module, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    """(shift, scale) of latents = (encoded - shift) * scale, from the autoencoder's configuration."""
+    config: Any = vae.config
+    shift, scale = getattr(config, "shift_factor", None) or 0.0, config.scaling_factor
+    mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+    if mean is None or std is None:
+        return shift, scale
+    shape = (1, -1, 1, 1)
+    return like.new_tensor(mean).view(shape), scale / like.new_tensor(std).view(shape)

@@ -1,68 +1,39 @@
-"""Stable Diffusion 1.x: UNet, one CLIP text encoder, 4-channel latents."""
+"""Stable Diffusion 1 and 2: UNet, one text encoder, 4-channel latents."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 from torch import Tensor, nn
 
-from finetune.families.base import Conditioning, Latents, ModelFamily, SizeConditioning
+from finetune.families import patterns, reading
+from finetune.families.base import Conditioning, ModelFamily, SizeConditioning
+from finetune.families.notes import unet_notes
+from finetune.families.original_keys import LDM_VAE, UNET, open_clip, plain
 
-_ATTENTION = r"attn[12]\.(to_q|to_k|to_v|to_out\.0)"
-_MLP = r"ff\.net\.(0\.proj|2)|proj_in|proj_out"
-_CONV = r"conv1|conv2|conv_shortcut|time_emb_proj|(down|up)samplers\.0\.conv"
+OPEN_CLIP_WIDTH = 1024
+"""What SD2's denoiser reads per token: the width of OpenCLIP ViT-H."""
 
 
-class SD1(ModelFamily):
-    """Stable Diffusion 1.4, 1.5 and everything fine-tuned from them."""
+class SDFamily(ModelFamily):
+    """What SD1 and SD2 share: all but the text encoder."""
 
-    name = "sd1"
     denoiser = "unet"
     pipeline_class = "StableDiffusionPipeline"
     text_encoders = ("text_encoder",)
     resolution = 512
     bucket_multiple = 64
-    modelspec_architecture = "stable-diffusion-v1"
-    kohya_base_version = "sd_v1"
     kohya_prefixes = {"denoiser": "lora_unet", "text_encoder": "lora_te"}  # noqa: RUF012
-    target_presets = {  # noqa: RUF012
-        "attention": {
-            "denoiser": rf".*\.({_ATTENTION})",
-            "text_encoder": r".*\.self_attn\.(q|k|v|out)_proj",
-        },
-        "attention+mlp": {
-            "denoiser": rf".*\.({_ATTENTION}|{_MLP})",
-            "text_encoder": r".*\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])",
-        },
-        "all": {
-            "denoiser": rf".*\.({_ATTENTION}|{_MLP}|{_CONV})",
-            "text_encoder": r".*\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])",
-        },
-    }
-
-    def matches(self, model_index: dict[str, Any], denoiser_config: dict[str, Any]) -> bool:
-        """A plain text-to-image pipeline with a four-input UNet that does not read OpenCLIP's 1024-wide text (SD2)."""
-        return (
-            model_index.get("_class_name") == self.pipeline_class
-            and denoiser_config.get("_class_name") == "UNet2DConditionModel"
-            and denoiser_config.get("in_channels") == denoiser_config.get("out_channels")
-            and denoiser_config.get("cross_attention_dim") != 1024
-        )
-
-    def encode_images(self, vae: nn.Module, pixel_values: Tensor) -> Latents:
-        """See `ModelFamily.encode_images`."""
-        posterior = cast(Any, vae).encode(pixel_values).latent_dist
-        scale = cast(Any, vae).config.scaling_factor
-        return Latents(mean=posterior.mean * scale, std=posterior.std * scale)
-
-    def decode_latents(self, vae: nn.Module, latents: Tensor) -> Tensor:
-        """See `ModelFamily.decode_latents`."""
-        decoder = cast(Any, vae)
-        return cast(Tensor, decoder.decode(latents / decoder.config.scaling_factor).sample)
+    target_presets = patterns.presets(patterns.UNET, text_encoder=patterns.CLIP)
+    reading_options = frozenset({"clip_skip", "prompt_chunks"})
+    pipeline_prompts = {"encoder_hidden_states": "prompt_embeds"}  # noqa: RUF012
 
     def encode_prompts(self, text_encoders: dict[str, nn.Module], tokens: dict[str, Tensor]) -> Conditioning:
-        """The last hidden states after the final layer norm, shape (B, length, width)."""
-        hidden = text_encoders["text_encoder"](tokens["text_encoder"]).last_hidden_state
+        """Hidden states after the final layer norm, shape (B, length, width)."""
+        hidden, _ = reading.clip_hidden(
+            text_encoders["text_encoder"], tokens["text_encoder"], self.hidden_layer(), normed=True
+        )
         return {"encoder_hidden_states": hidden}
 
     def predict(
@@ -73,5 +44,57 @@ class SD1(ModelFamily):
         conditioning: Conditioning,
         sizes: SizeConditioning,
     ) -> Tensor:
-        """See `ModelFamily.predict`; SD1.x is not told the picture's size."""
+        """See `ModelFamily.predict`; the denoiser is not told the picture's size."""
         return cast(Tensor, denoiser(noisy_latents, timesteps, **conditioning).sample)
+
+    def latent_multiple(self, denoiser: nn.Module) -> int:
+        """The UNet halves once per level but the last."""
+        config: Any = denoiser.config
+        return int(2 ** (len(config.block_out_channels) - 1))
+
+    def notes(self, denoiser_config: Mapping[str, Any], scheduler_config: Mapping[str, Any]) -> list[str]:
+        """See `ModelFamily.notes`."""
+        return unet_notes(denoiser_config, scheduler_config)
+
+
+class SD1(SDFamily):
+    """Stable Diffusion 1.4, 1.5 and everything fine-tuned from them, v-prediction included."""
+
+    name = "sd1"
+    modelspec_architecture = "stable-diffusion-v1"
+    kohya_base_version = "sd_v1"
+    skeletons = ("sd1",)
+    original = {  # noqa: RUF012
+        "unet": UNET, "vae": LDM_VAE, "text_encoder": plain("cond_stage_model.transformer."),
+    }  # fmt: skip
+
+    def matches(self, model_index: dict[str, Any], denoiser_config: dict[str, Any]) -> bool:
+        """A text-to-image pipeline whose UNet does not read OpenCLIP's 1024-wide text."""
+        return _is_sd(model_index, denoiser_config) and denoiser_config.get("cross_attention_dim") != OPEN_CLIP_WIDTH
+
+
+class SD2(SDFamily):
+    """Stable Diffusion 2.0 and 2.1, 512 px (epsilon) and 768 px (v-prediction).
+
+    The text encoder is OpenCLIP ViT-H without its last layer: its last hidden layer is the original's penultimate one.
+    """
+
+    name = "sd2"
+    modelspec_architecture = "stable-diffusion-v2-512"
+    kohya_base_version = "sd_v2"
+    skeletons = ("sd2-base", "sd2-768")
+    original = {  # noqa: RUF012
+        "unet": UNET, "vae": LDM_VAE, "text_encoder": open_clip("cond_stage_model.model."),
+    }  # fmt: skip
+
+    def matches(self, model_index: dict[str, Any], denoiser_config: dict[str, Any]) -> bool:
+        """A text-to-image pipeline whose UNet reads OpenCLIP's 1024-wide text."""
+        return _is_sd(model_index, denoiser_config) and denoiser_config.get("cross_attention_dim") == OPEN_CLIP_WIDTH
+
+
+def _is_sd(model_index: dict[str, Any], denoiser_config: dict[str, Any]) -> bool:
+    return (
+        model_index.get("_class_name") == SDFamily.pipeline_class
+        and denoiser_config.get("_class_name") == "UNet2DConditionModel"
+        and denoiser_config.get("in_channels") == denoiser_config.get("out_channels")
+    )

@@ -6,6 +6,10 @@ adapter files says `text_model.encoder.layers...`. Names gain the prefix on ever
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
 from torch import nn
 
 PREFIX = "text_model."
@@ -29,6 +33,22 @@ def installed_name(module: nn.Module, component: str, canonical_name: str) -> st
     if _is_clip(module, component) and not hasattr(module, "text_model"):
         return canonical_name.removeprefix(PREFIX)
     return canonical_name
+
+
+def spelled_out(tokenizer: Any, prompts: Sequence[str]) -> list[str]:
+    """Prompts in which every learned word of several vectors is followed by its further names: "<robot> <robot>_1".
+
+    diffusers' pipelines with textual inversion do the same with the words their tokenizer knows.
+    """
+    known = tokenizer.added_tokens_encoder
+    words = [word for word in known if f"{word}_1" in known]
+    found = []
+    for prompt in prompts:
+        for word in words:
+            count = next(number for number in itertools.count(1) if f"{word}_{number}" not in known)
+            prompt = prompt.replace(word, " ".join([word, *(f"{word}_{i}" for i in range(1, count))]))  # noqa: PLW2901
+        found.append(prompt)
+    return found
 
 
 def _is_clip(module: nn.Module, component: str) -> bool:

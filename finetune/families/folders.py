@@ -1,0 +1,192 @@
+"""Base models as diffusers folders, on this disk or fetched from the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from safetensors import SafetensorError
+
+from finetune.demo import BASE_DIR
+from finetune.errors import ConfigError, UnsafeError
+from finetune.families.base import ModelFamily
+from finetune.families.choices import Choices
+from finetune.families.detect import INPAINTING
+from finetune.families.parts import PICKLED, Loaded, replaced_configs, replaced_digests, replacements
+from finetune.families.said import Said, settled
+from finetune.families.skeleton import of_folder
+from finetune.storage import sha256_file
+
+DEMO = "demo"
+"""The name of the embedded base model."""
+
+
+def local_folder(base: str, revision: str | None, variant: str | None) -> Path:
+    """The folder on this disk that holds the base, fetched from the hub when `base` is a hub id.
+
+    Raises:
+        ConfigError: if there is no such folder and it cannot be fetched.
+        UnsafeError: for a pickled checkpoint.
+    """
+    if base == DEMO:
+        return BASE_DIR
+    folder = Path(base).expanduser()
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise ConfigError(
+                f"model.base={base} is a folder without model_index.json, so it is no diffusers pipeline folder; "
+                "name the folder that save_pretrained wrote, or the .safetensors file itself."
+            )
+        return folder
+    if folder.suffix in PICKLED:
+        raise UnsafeError(
+            f"model.base={base} is a pickled checkpoint, which can run code when opened, so it is not opened here; "
+            "get the .safetensors of the same model, or convert it on a machine you can afford to lose."
+        )
+    if folder.is_file():
+        raise ConfigError(f"model.base={base} is a {folder.suffix or 'nameless'} file; only .safetensors are read.")
+    try:
+        fetched = diffusers.DiffusionPipeline.download(base, revision=revision, variant=variant, use_safetensors=True)
+    except Exception as error:  # the hub client raises many kinds; each becomes one message with the cause
+        raise ConfigError(
+            f"model.base={base} is neither a folder or file here nor a hub id that can be fetched:",
+            [
+                f"{type(error).__name__}: {_first_line(error)}",
+                "check the spelling; for a gated model run `hf auth login` first; without a network, fetch it where "
+                "there is one (`hf download ...`) and name the folder",
+            ],
+        ) from error
+    return Path(str(fetched))
+
+
+def load(
+    families: Mapping[str, ModelFamily],
+    folder: Path,
+    base: str,
+    dtype: torch.dtype,
+    variant: str | None,
+    choices: Choices,
+) -> Loaded:
+    """Every network of a pipeline folder in `dtype`, the autoencoder in fp32."""
+    if choices.skeleton is not None:
+        raise ConfigError(f"model.skeleton is for single files; {base} is a folder and brings its own; leave it out.")
+    family = detect(families, folder, base)
+    shape = of_folder(folder)
+    configs = shape.networks
+    said = Said(
+        _prediction(shape.scheduler), shape.scheduler.get("rescale_betas_zero_snr"), "scheduler/scheduler_config.json"
+    )
+    settled(said, shape.scheduler, base, choices)
+    others = replacements(family, choices, configs, dtype)
+    given = {name: part.network if part else None for name, part in others.items()}
+    given |= {name.replace("text_encoder", "tokenizer"): None for name, part in others.items() if part is None}
+    # keep: VAE encoders overflow in fp16 on bright pictures; the autoencoder stays in fp32.
+    dtypes = {"vae": torch.float32, "default": dtype}
+    if "safety_checker" in index(folder):
+        given["safety_checker"] = None
+    _quiet()
+    try:
+        pipeline: Any = getattr(diffusers, family.pipeline_class).from_pretrained(
+            folder, dtype=dtypes, variant=variant, use_safetensors=True, local_files_only=True, **given
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(
+            f"model.base={base} cannot be loaded:",
+            [
+                f"{_first_line(error)}; only safetensors are read (a .bin or .ckpt can run code); convert "
+                "it with diffusers' save_pretrained(safe_serialization=True). "
+                f"model.variant={variant or 'null'} names the files that are looked for: fp16 for *.fp16.safetensors, "
+                "null for plain ones"
+            ],
+        ) from None
+    names = [family.denoiser, "vae", *family.text_encoders]
+    networks = {name: getattr(pipeline, name) for name in names if getattr(pipeline, name) is not None}
+    lost = [n for n in names if n not in networks and n not in family.optional_text_encoders]
+    if lost:
+        raise ConfigError(f"model.base={base} lacks {', '.join(lost)}; fetch the whole folder again.")
+    return Loaded(
+        family=family,
+        networks=networks,
+        configs={name: configs[name] for name in networks} | replaced_configs(others),
+        tokenizers={
+            name: getattr(pipeline, name.replace("text_encoder", "tokenizer"))
+            for name in family.text_encoders
+            if name in networks
+        },
+        scheduler=settled(said, pipeline.scheduler.config, base, choices),
+        pipeline=_switches(pipeline),
+        digests=_digests(family, folder, variant, networks) | replaced_digests(others),
+    )
+
+
+def detect(families: Mapping[str, ModelFamily], folder: Path, base: str) -> ModelFamily:
+    """The family that recognises the pipeline folder, judged from its configuration files alone."""
+    found = index(folder)
+    inputs = 0
+    for family in families.values():
+        config_file = folder / family.denoiser / "config.json"
+        if config_file.is_file():
+            config = json.loads(config_file.read_text())
+            if family.matches(found, config):
+                return family
+            inputs = config.get("in_channels") or 0
+    if inputs in INPAINTING:
+        raise ConfigError(
+            f"model.base={base} is {INPAINTING[inputs]}: its denoiser reads {inputs} channels instead of 4. Training "
+            "those needs a mask or picture per sample, which is not offered; train on the text-to-image base and use "
+            "the adapter there."
+        )
+    raise ConfigError(
+        f"model.base={base} is a {found.get('_class_name')}, which no family here can train; "
+        f"known families: {', '.join(families)}."
+    )
+
+
+def index(folder: Path) -> dict[str, Any]:
+    """What `model_index.json` says."""
+    return dict(json.loads((folder / "model_index.json").read_text(encoding="utf-8")))
+
+
+def _prediction(scheduler: Mapping[str, Any]) -> str | None:
+    """What a scheduler's configuration says of the prediction, in our names; diffusers' own default is epsilon."""
+    if "FlowMatch" in str(scheduler.get("_class_name", "")):
+        return "flow"
+    return str(scheduler.get("prediction_type") or "epsilon")
+
+
+def _switches(pipeline: Any) -> dict[str, Any]:
+    """The pipeline's own settings, without its components."""
+    own = {key: value for key, value in pipeline.config.items() if not key.startswith("_")}
+    return {key: value for key, value in own.items() if isinstance(value, bool | int | float | str)}
+
+
+def _digests(family: ModelFamily, folder: Path, variant: str | None, names: Iterable[str]) -> dict[str, str]:
+    """SHA-256 per part over the weight files that were loaded, its configuration and, for text, its tokenizer."""
+    found = {}
+    for name in names:
+        # keep: a hub folder may hold several variants of one part; only what was loaded counts.
+        every = sorted((folder / name).glob("*.safetensors"))
+        own = [file for file in every if variant and f".{variant}" in file.name]
+        files = own or [file for file in every if file.name.count(".") == 1]
+        files += sorted((folder / name).glob("config.json"))
+        if name in family.text_encoders:
+            tokenizer = folder / name.replace("text_encoder", "tokenizer")
+            files += [file for file in sorted(tokenizer.glob("*")) if file.suffix in {".json", ".txt"}]
+        found[name] = hashlib.sha256("".join(sha256_file(file) for file in files).encode()).hexdigest()
+    return found
+
+
+def _quiet() -> None:
+    """The libraries' own progress bars would tear ours apart; loading takes a moment and has one line of ours."""
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

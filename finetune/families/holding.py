@@ -1,0 +1,100 @@
+"""How the frozen denoiser's weights are held: as they compute, or in fewer bits that are unpacked layer by layer.
+
+Adapters work on all of them: PEFT knows bitsandbytes' layers, and layers in fp8 are linear and convolution layers.
+The trained adapter itself always stays in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from finetune.errors import ConfigError, nearest
+from finetune.families.fp8 import TWINS, held_in_fp8
+
+KEPT = ("norm", "embed", "proj_in", "proj_out", "time_emb_proj", "pos_embed", "conv_in", "conv_out")
+"""Parts of names whose layers are small or delicate and stay as they are."""
+BLOCK = 64
+"""Numbers that nf4 scales together; layers whose rows are no multiple of it stay as they are. Real ones all are."""
+
+
+def hold(denoiser: nn.Module, storage: str, dtype: torch.dtype) -> nn.Module:
+    """The denoiser with its weights held as asked; they still compute in `dtype`.
+
+    Raises:
+        ConfigError: for a name that is not in STORAGE, or one that this machine cannot train with.
+    """
+    if storage not in STORAGE:
+        known = f"{nearest(storage, STORAGE)}; one of {', '.join(STORAGE)}"
+        raise ConfigError(f"model.storage={storage} is not known{known}.")
+    STORAGE[storage](denoiser, dtype)
+    return denoiser
+
+
+def _full(denoiser: nn.Module, dtype: torch.dtype) -> None:
+    """As they compute: 2 bytes per weight in bf16 or fp16."""
+
+
+def _fp8(denoiser: nn.Module, dtype: torch.dtype) -> None:
+    """One byte per weight, unpacked for each layer's moment of use. Runs everywhere; rounds weights to 3 bits."""
+    for path, layer in denoiser.named_modules():
+        if type(layer) in TWINS and not any(part in path for part in KEPT):
+            held_in_fp8(layer, dtype)
+
+
+def _int8(denoiser: nn.Module, dtype: torch.dtype) -> None:
+    """One byte per weight of linear layers. Source: Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339."""
+    _replace(denoiser, _eight_bit)
+
+
+def _nf4(denoiser: nn.Module, dtype: torch.dtype) -> None:
+    """Half a byte per weight of linear layers. Source: Dettmers et al. 2023, QLoRA, arXiv:2305.14314."""
+    if not torch.accelerator.is_available():
+        raise ConfigError(
+            "model.storage=nf4 needs a GPU: on a CPU bitsandbytes packs 4-bit weights for inference only, and training "
+            "on them fails; use fp8 or int8."
+        )
+    _replace(denoiser, lambda layer: _four_bit(layer, dtype))
+
+
+STORAGE: dict[str, Callable[[nn.Module, torch.dtype], None]] = {
+    "full": _full, "fp8": _fp8, "int8": _int8, "nf4": _nf4,
+}  # fmt: skip
+"""name -> what makes a denoiser hold its weights that way, in place."""
+
+
+def _replace(root: nn.Module, made: Callable[[nn.Linear], nn.Module]) -> None:
+    """Put another layer in the place of every large linear layer whose rows fill whole blocks."""
+    for path, layer in list(root.named_modules()):
+        if not isinstance(layer, nn.Linear) or any(part in path for part in KEPT):
+            continue
+        if layer.in_features % BLOCK == 0:
+            parent, _, name = path.rpartition(".")
+            setattr(root.get_submodule(parent), name, made(layer))
+
+
+def _eight_bit(layer: nn.Linear) -> nn.Module:
+    import bitsandbytes  # noqa: PLC0415 - takes seconds, and few runs need it
+
+    made = bitsandbytes.nn.Linear8bitLt(
+        layer.in_features, layer.out_features, bias=layer.bias is not None, has_fp16_weights=False
+    )
+    weight = bitsandbytes.nn.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
+    made.weight = weight.to(layer.weight.device)
+    made.bias = layer.bias
+    return made
+
+
+def _four_bit(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
+    import bitsandbytes  # noqa: PLC0415 - takes seconds, and few runs need it
+
+    made = bitsandbytes.nn.Linear4bit(
+        layer.in_features, layer.out_features, bias=layer.bias is not None, compute_dtype=dtype, quant_type="nf4"
+    )
+    weight = bitsandbytes.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", module=made)
+    # keep: packing happens in the move to a device, even to the one where the weight already is.
+    made.weight = weight.to(layer.weight.device)
+    made.bias = layer.bias
+    return made

@@ -1,0 +1,97 @@
+"""Weights held in fewer bits: still nearly the same model, and an adapter on top still learns."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from finetune.adapters import attach
+from finetune.config import AdapterConfig
+from finetune.errors import ConfigError
+from finetune.families import Choices, SizeConditioning, load_family
+from finetune.families.fp8 import held_in_fp8
+from finetune.families.holding import STORAGE
+from finetune.run_files import make_run
+from finetune.training.build_adapters import build_targets
+from finetune.training.trainer import train
+
+
+def answer(family, components):
+    tokens = family.tokenize(components.tokenizers, ["a cat", "a toy"])
+    noisy = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    square = torch.tensor([[64, 64]] * 2)
+    told = family.encode_prompts(components.text_encoders, tokens)
+    return family.predict(components.denoiser, noisy, torch.tensor([10, 700]), told, SizeConditioning(*[square] * 3))
+
+
+NEEDS_GPU = {"nf4"}
+NO_GPU = pytest.mark.skipif(not torch.accelerator.is_available(), reason="bitsandbytes trains nf4 on a GPU only")
+
+
+@pytest.mark.parametrize("storage", [
+    pytest.param(name, marks=[pytest.mark.gpu, NO_GPU] if name in NEEDS_GPU else []) for name in sorted(STORAGE)
+])  # fmt: skip
+def test_held_weights_answer_nearly_alike_and_adapters_learn(storage, twins, twin_folders):
+    """Fewer bits must cost a little accuracy, not the gradient of the adapter on top."""
+    family, plain = twins["sdxl"]
+    with torch.no_grad():
+        wanted = answer(family, plain)
+    family, held = load_family(str(twin_folders["sdxl"]), choices=Choices(storage=storage))
+    with torch.no_grad():
+        found = answer(family, held)
+    error = float((found - wanted).norm() / wanted.norm())
+    assert error == 0.0 if storage == "full" else 0 < error < 0.3, error
+    targets, problems = build_targets(AdapterConfig(rank=4), None, 1e-3, family, held)
+    assert not problems
+    adapters = attach(targets, seed=0)
+    with torch.no_grad():
+        assert torch.allclose(answer(family, held), found, atol=1e-5)
+        for parameter in adapters.named_parameters().values():
+            parameter.add_(0.01)
+    answer(family, held).square().mean().backward()
+    lost = [name for name, p in adapters.named_parameters().items() if p.grad is None or not p.grad.any()]
+    assert not lost
+
+
+@pytest.mark.parametrize("layer", [
+    torch.nn.Linear(6, 5), torch.nn.Conv2d(3, 4, 3, stride=2, padding=1), torch.nn.Conv2d(2, 4, 1, bias=False),
+], ids=["linear", "conv", "conv without bias"])  # fmt: skip
+def test_fp8_layers_are_the_rounded_layers_forwards_and_backwards(layer):
+    """The gradient that reaches the layers before must be that of the weights that computed."""
+    rounded = copy.deepcopy(layer)
+    rounded.weight.data = rounded.weight.data.to(torch.float8_e4m3fn).float()
+    held_in_fp8(layer.requires_grad_(False), torch.float32)
+    assert layer.weight.dtype == torch.float8_e4m3fn
+    shape = (2, 6) if isinstance(layer, torch.nn.Linear) else (2, layer.in_channels, 8, 8)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    made, wanted = layer(ours), rounded(theirs)
+    assert torch.equal(made, wanted)
+    weights = torch.randn(made.shape, generator=torch.Generator().manual_seed(1))
+    (made * weights).sum().backward()
+    (wanted * weights).sum().backward()
+    assert torch.allclose(ours.grad, theirs.grad, atol=1e-6)
+
+
+@pytest.mark.parametrize("storage", ["fp8", "int8"])
+def test_a_run_trains_validates_and_draws_on_held_weights(storage, document):
+    """Checkpointing, the comparison with the base and sample sheets all cross the held layers."""
+    document["model"] |= {"storage": storage}
+    document["samples"] = {"prompts": ["a sks robot"], "per_prompt": 1, "inference_steps": 2}
+    result = train(make_run(document))
+    assert result.steps == 4 and result.validation.value > 0
+
+
+def test_an_unknown_way_is_named(twin_folders):
+    """A typing error must not train another way."""
+    with pytest.raises(ConfigError, match="nf5 is not known"):
+        load_family(str(twin_folders["sd1"]), choices=Choices(storage="nf5"))
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="only a machine without a GPU is refused")
+def test_nf4_is_refused_where_it_cannot_train(twin_folders):
+    """bitsandbytes computes nf4 on a CPU, but only forwards: the first backward pass after a validation would fail."""
+    with pytest.raises(ConfigError, match="needs a GPU"):
+        load_family(str(twin_folders["sd1"]), choices=Choices(storage="nf4"))
