@@ -17,7 +17,7 @@ HEADER = AdapterHeader(
     family="sd1",
     base="demo",
     base_digest="cd" * 32,
-    method="lora",
+    method={"unet": "lora", "text_encoder": "lora"},
     rank={"unet": 2, "text_encoder": 3},
     alpha={"unet": 1.0, "text_encoder": 6.0},
     trigger_words=("sks", "größer"),
@@ -91,7 +91,7 @@ def test_missing_counterpart_and_odd_names_are_listed():
     del file.tensors[f"{CONV}.lora_B.weight"]
     file.tensors["bundle_emb.sks"] = torch.zeros(1)
     problems = "\n".join(file.problems())
-    assert f"{CONV}.lora_A.weight has no counterpart" in problems
+    assert f"{CONV} lacks lora_B.weight" in problems
     assert "bundle_emb.sks is not named" in problems
 
 
