@@ -2,21 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from finetune.data.cache import LatentCache, TextCache
+from finetune.data.cache import LatentCache, MaskCache, TextCache, Tokenize
+from finetune.data.captions import PLAIN, CaptionRules, draw_caption, every_caption, plain_caption
 from finetune.data.dataset import Picture
 from finetune.data.sampler import Draw
+from finetune.data.views import UNCHANGED, Augment, View, draw_view, every_view, plain
 from finetune.families.base import Conditioning, Latents, SizeConditioning
+from finetune.objectives import WHITE, NoiseShape, draw_noise, perturbed
 from finetune.rng import python_rng, rng
 
-Tokenize = Callable[[list[str]], dict[str, Tensor]]
-"""Captions -> token ids per text encoder, (B, length)."""
+
+@dataclass(frozen=True)
+class Variation:
+    """What differs from draw to draw.
+
+    Attributes:
+        augment: how pictures are cut, coloured and mirrored.
+        rules: how subject captions are made; class captions stay as they are.
+        caption_variants: texts that each caption may become while the text encoders are frozen and all are encoded
+            beforehand; with text encoders that are trained there is no bound.
+        caption_dropout: share of draws that see an empty caption.
+        unmasked_weight: what counts of a place that a mask leaves out.
+        noise: how the noise differs from white noise.
+    """
+
+    augment: Augment = UNCHANGED
+    rules: CaptionRules = PLAIN
+    caption_variants: int = 1
+    caption_dropout: float = 0.0
+    unmasked_weight: float = 0.0
+    noise: NoiseShape = WHITE
 
 
 @dataclass(frozen=True)
@@ -35,6 +57,8 @@ class Batch:
         captions: one per picture.
         file_names: one per picture, for messages.
         images_in_step: pictures in the whole optimizer step over all processes; the loss is a mean over them.
+        loss_mask: how much each place counts, (B, 1, h, w) in [0, 1]; None: all places alike.
+        input_noise: what the picture is noised with when that is not `noise`, the noise to find: input perturbation.
     """
 
     latents: Latents
@@ -48,6 +72,8 @@ class Batch:
     captions: tuple[str, ...]
     file_names: tuple[str, ...]
     images_in_step: int
+    loss_mask: Tensor | None = None
+    input_noise: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
@@ -70,27 +96,21 @@ class Collator:
     """Turns draws into batches; the same draw gives the same tensors in every process and after every resume."""
 
     def __init__(
-        self,
-        pictures: Sequence[Picture],
-        latents: LatentCache,
-        text: TextCache | Tokenize,
-        *,
-        seed: int,
-        flip: bool,
-        caption_dropout: float,
-    ) -> None:
+        self, pictures: Sequence[Picture], latents: LatentCache, text: TextCache | Tokenize, variation: Variation,
+        *, seed: int, masks: MaskCache | None = None,
+    ) -> None:  # fmt: skip
+        """Collate `pictures`; with `masks`, every batch carries one."""
         self._pictures = pictures
         self._latents = latents
+        self._masks = masks
         self._text = text
+        self._variation = variation
         self._seed = seed
-        self._flip = flip
-        self._caption_dropout = caption_dropout
 
     def with_text(self, text: TextCache) -> Collator:
         """The same collator, with captions that are encoded already."""
         return Collator(
-            self._pictures, self._latents, text,
-            seed=self._seed, flip=self._flip, caption_dropout=self._caption_dropout,
+            self._pictures, self._latents, text, self._variation, seed=self._seed, masks=self._masks
         )  # fmt: skip
 
     def step(self, step: int, micro_batches: Sequence[Sequence[Draw]], rank: int, processes: int) -> list[Batch]:
@@ -114,36 +134,55 @@ class Collator:
         return batches
 
     def captions(self) -> list[str]:
-        """Every caption that a draw may choose."""
-        texts = [caption for picture in self._pictures for caption in picture.captions]
-        return [*texts, ""] if self._caption_dropout > 0 else texts
+        """Every text that a draw or a validation may choose, each once."""
+        variants = self._variation.caption_variants
+        texts = [text for p in self._pictures for text in every_caption(p.captions, self._rules(p), variants)]
+        texts += [self.caption_of(p) for p in self._pictures]
+        return list(dict.fromkeys([*texts, ""] if self._variation.caption_dropout > 0 else texts))
+
+    def views(self) -> list[View]:
+        """Every view that a draw may choose."""
+        return [view for picture in self._pictures for view in every_view(picture, self._variation.augment)]
 
     def names(self, draws: Sequence[Draw]) -> list[str]:
         """File names of drawn pictures, for messages."""
         return [self._pictures[draw.picture].path.name for draw in draws]
 
     def latents_of(self, picture: Picture) -> Latents:
-        """A picture's latents, not mirrored, shapes (C, h, w)."""
-        return self._latents.get(picture, mirrored=False)
+        """A picture's latents in its plain view, shapes (C, h, w)."""
+        return self._latents.get(plain(picture))
+
+    def mask_of(self, picture: Picture) -> Tensor | None:
+        """How much each latent of the plain view counts, (1, h, w); None when no picture of the run has a mask."""
+        return self._mask(plain(picture))
+
+    def caption_of(self, picture: Picture) -> str:
+        """The text that a picture is validated with."""
+        return plain_caption(picture.captions, self._rules(picture))
 
     def _batch(self, draws: Sequence[Draw], real: Tensor, quantiles: Tensor, images_in_step: int) -> Batch:
         pictures = [self._pictures[draw.picture] for draw in draws]
         captions = tuple(self._caption(draw) for draw in draws)
-        latents = [self._latents.get(p, self._mirrored(draw)) for p, draw in zip(pictures, draws, strict=True)]
+        views = [self._view(draw) for draw in draws]
+        latents = [self._latents.get(view) for view in views]
+        masks = [mask for view in views if (mask := self._mask(view)) is not None]
         shape = latents[0].mean.shape
+        noises = [draw_noise(shape, self._rng("noise", draw), self._variation.noise) for draw in draws]
         conditioning, tokens = self.describe(captions)
         return Batch(
             latents=Latents(torch.stack([x.mean for x in latents]), torch.stack([x.std for x in latents])),
             latent_noise=torch.stack([self._normal("latent", draw, shape) for draw in draws]),
-            noise=torch.stack([self._normal("noise", draw, shape) for draw in draws]),
+            noise=torch.stack(noises),
             quantiles=quantiles,
             loss_weight=torch.tensor([p.loss_weight for p in pictures]) * real,
             conditioning=conditioning,
             tokens=tokens,
-            sizes=size_conditioning(pictures),
+            sizes=size_conditioning(views),
             captions=captions,
             file_names=tuple(p.path.name for p in pictures),
             images_in_step=images_in_step,
+            loss_mask=torch.stack(masks) if masks else None,
+            input_noise=self._input_noise(noises, draws),
         )
 
     def describe(self, captions: Sequence[str]) -> tuple[Conditioning | None, dict[str, Tensor] | None]:
@@ -155,17 +194,40 @@ class Collator:
     def _id(self, draw: Draw) -> tuple[str, int, int]:
         return (self._pictures[draw.picture].key, draw.epoch, draw.repeat)
 
-    def _normal(self, purpose: str, draw: Draw, shape: torch.Size) -> Tensor:
-        return torch.randn(shape, generator=rng(self._seed, purpose, *self._id(draw)))
+    def _rng(self, purpose: str, draw: Draw) -> torch.Generator:
+        return rng(self._seed, purpose, *self._id(draw))
 
-    def _mirrored(self, draw: Draw) -> bool:
-        return self._flip and python_rng(self._seed, "flip", *self._id(draw)).random() < 0.5
+    def _normal(self, purpose: str, draw: Draw, shape: torch.Size) -> Tensor:
+        return torch.randn(shape, generator=self._rng(purpose, draw))
+
+    def _input_noise(self, noises: Sequence[Tensor], draws: Sequence[Draw]) -> Tensor | None:
+        strength = self._variation.noise.perturbation
+        if not strength:
+            return None
+        pairs = zip(noises, draws, strict=True)
+        return torch.stack([perturbed(noise, self._rng("perturbation", draw), strength) for noise, draw in pairs])
+
+    def _view(self, draw: Draw) -> View:
+        version = python_rng(self._seed, "version", *self._id(draw))
+        side = python_rng(self._seed, "flip", *self._id(draw))
+        return draw_view(self._pictures[draw.picture], self._variation.augment, version, side)
+
+    def _mask(self, view: View) -> Tensor | None:
+        if self._masks is None:
+            return None
+        least = self._variation.unmasked_weight
+        return least + (1 - least) * self._masks.get(view)
+
+    def _rules(self, picture: Picture) -> CaptionRules:
+        return PLAIN if picture.is_class else self._variation.rules
 
     def _caption(self, draw: Draw) -> str:
         choice = python_rng(self._seed, "caption", *self._id(draw))
-        if choice.random() < self._caption_dropout:
+        if choice.random() < self._variation.caption_dropout:
             return ""
-        return choice.choice(self._pictures[draw.picture].captions)
+        picture = self._pictures[draw.picture]
+        bound = self._variation.caption_variants if isinstance(self._text, TextCache) else None
+        return draw_caption(picture.captions, self._rules(picture), choice, bound)
 
 
 def _share(count: int, rank: int, processes: int) -> list[tuple[int, float]]:
@@ -180,10 +242,10 @@ def stack_conditioning(items: Sequence[Conditioning]) -> Conditioning:
     return {name: torch.stack([item[name] for item in items]) for name in items[0]}
 
 
-def size_conditioning(pictures: Sequence[Picture]) -> SizeConditioning:
-    """How each picture was cut, (B, 2) each, pixels, (height, width)."""
+def size_conditioning(views: Sequence[View]) -> SizeConditioning:
+    """How each view was cut, (B, 2) each, pixels, (height, width)."""
     return SizeConditioning(
-        original_size=torch.tensor([p.size for p in pictures]),
-        crop_top_left=torch.tensor([p.placement.crop_top_left for p in pictures]),
-        target_size=torch.tensor([p.placement.bucket for p in pictures]),
+        original_size=torch.tensor([view.picture.size for view in views]),
+        crop_top_left=torch.tensor([view.crop_top_left for view in views]),
+        target_size=torch.tensor([view.placement.bucket for view in views]),
     )

@@ -1,8 +1,8 @@
-"""What is encoded once: pictures as latent mean and deviation, captions as conditioning. Addressed by content.
+"""What is encoded once: pictures as latent mean and deviation, masks at latent size, captions as conditioning.
 
-An entry's name is a digest of everything that decides its value (file bytes, cut, mirror, encoder weights), so an
-edited picture or another autoencoder is a new entry and never a stale hit. Entries are written beside and renamed; a
-damaged one is encoded again and said so.
+An entry's key is a digest of everything that decides its value (file bytes, decoder, cut, colours, side, encoder
+weights; for text what the tokenizer made of it), so an edited picture or another autoencoder is a new entry and never a
+stale hit.
 """
 
 from __future__ import annotations
@@ -10,197 +10,181 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
-from data_tools import buckets, scan
-from data_tools.fingerprints import sha256
-from finetune.data.dataset import Colour, Picture
-from finetune.errors import CheckpointError, DataError, NumericError
+from finetune.data.dataset import Colour
+from finetune.data.fill import Progress, Recipe, Say, fill
+from finetune.data.pixels import VERSION as PIXELS
+from finetune.data.pixels import mask_values, pixel_values
+from finetune.data.store import Store, Tensors
+from finetune.data.views import View
+from finetune.errors import DataError, NumericError
 from finetune.families.base import Conditioning, Latents
-from finetune.storage import read_safetensors, write_safetensors
 
-VERSION = 1
+VERSION = 2
 """Part of every key; counts up when the same inputs would give other values."""
+KINDS = ("latents", "masks", "text")
+"""The folders in a cache."""
 
 Encode = Callable[[Tensor], Latents]
-"""Pixel values (B, 3, H, W) in [-1, 1] -> latents."""
-Describe = Callable[[list[str]], Conditioning]
-"""Captions -> conditioning, batch first."""
-Progress = Callable[[int, int], None]
-"""Called with (done, total)."""
+"""Pixels (B, 3, H, W), uint8 -> latents."""
+Tokenize = Callable[[list[str]], dict[str, Tensor]]
+"""Captions -> token ids per text encoder, (B, length)."""
+Describe = Callable[[dict[str, Tensor]], Conditioning]
+"""Token ids -> conditioning, batch first."""
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One thing to encode: a picture, mirrored or not."""
+class Filling:
+    """How a cache is filled: how much at once, and whom to tell."""
 
-    picture: Picture
-    mirrored: bool
+    batch_size: int
+    progress: Progress | None = None
+    say: Say | None = None
 
 
 class LatentCache:
-    """Latents of every picture, in memory once prepared, on disk for the next run."""
+    """Latents of views of pictures."""
 
     def __init__(self, folder: Path, vae_digest: str, background: Colour) -> None:
-        self._folder = folder / "latents"
+        self.store = Store(folder / "latents")
         self._vae_digest = vae_digest
         self._background = background
-        self._ready: dict[str, Latents] = {}
-        self.damaged: list[Path] = []
-        """Entries that could not be read and are encoded again."""
 
-    def prepare(
-        self, pictures: Sequence[Picture], *, flip: bool, encode: Encode, batch_size: int,
-        progress: Progress | None = None,
-    ) -> int:  # fmt: skip
-        """Encode what is not on disk yet and keep everything at hand.
-
-        Returns:
-            How many entries were encoded now.
+    def prepare(self, views: Sequence[View], encode: Encode, filling: Filling) -> int:
+        """Encode what is not there yet; how many views that were.
 
         Raises:
             NumericError: naming the picture whose latents are not finite.
         """
-        entries = [Entry(p, mirrored) for p in pictures for mirrored in ((False, True) if flip else (False,))]
-        missing = [e for e in entries if not self._restore(self._key(e))]
-        missing.sort(key=lambda e: e.picture.placement.bucket)
-        done = len(entries) - len(missing)
-        for batch in _batches(missing, batch_size):
-            pixels = torch.stack([pixel_values(e, self._background) for e in batch])
-            latents = encode(pixels)
-            for i, entry in enumerate(batch):
-                self._keep(entry, Latents(latents.mean[i].float().cpu(), latents.std[i].float().cpu()))
-            done += len(batch)
-            if progress:
-                progress(done, len(entries))
-        return len(missing)
 
-    def get(self, picture: Picture, mirrored: bool) -> Latents:
-        """The latents of one picture, shapes (C, h, w)."""
-        return self._ready[self._key(Entry(picture, mirrored))]
+        def make(batch: Sequence[View], pixels: Sequence[Tensor]) -> list[Tensors]:
+            latents = encode(torch.stack(list(pixels)))
+            return [_finite(view, latents.mean[i].cpu(), latents.std[i].cpu()) for i, view in enumerate(batch)]
 
-    def _key(self, entry: Entry) -> str:
-        p = entry.picture.placement
-        decisive = [VERSION, entry.picture.sha256, p.bucket, p.resize, p.crop_top_left, entry.mirrored,
-                    self._background, self._vae_digest]  # fmt: skip
-        return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
+        load = partial(pixel_values, background=self._background)
+        recipe = Recipe("pictures", self._key, lambda view: view.placement.bucket, load, make)
+        return fill(self.store, views, recipe, filling.batch_size, progress=filling.progress, say=filling.say)
 
-    def _path(self, key: str) -> Path:
-        return self._folder / f"{key}.safetensors"
+    def get(self, view: View) -> Latents:
+        """The latents of one view, shapes (C, h, w), fp32."""
+        tensors = self.store.get(self._key(view))
+        return Latents(tensors["mean"].float(), tensors["std"].float())
 
-    def _restore(self, key: str) -> bool:
-        if key not in self._ready:
-            tensors = _read_entry(self._path(key), {"mean", "std"}, self.damaged)
-            if tensors is None:
-                return False
-            self._ready[key] = Latents(tensors["mean"], tensors["std"])
-        return True
+    def _key(self, view: View) -> str:
+        return _digest([view.picture.sha256, *_cut_of(view), view.jitter, self._background, self._vae_digest])
 
-    def _keep(self, entry: Entry, latents: Latents) -> None:
-        if not (torch.isfinite(latents.mean).all() and torch.isfinite(latents.std).all()):
-            raise NumericError(
-                f"The autoencoder gives values that are not finite for {entry.picture.path.name}; "
-                "open the picture: if it looks right, the autoencoder is broken or runs in too small a number format."
+
+class MaskCache:
+    """Masks of views at latent size."""
+
+    def __init__(self, folder: Path, stride: int) -> None:
+        """`stride` is how many pixels a latent stands for along one side."""
+        self.store = Store(folder / "masks")
+        self._stride = stride
+
+    def prepare(self, views: Sequence[View], filling: Filling, *, may_be_empty: bool = False) -> int:
+        """Decode and cut what is not there yet; how many that were.
+
+        Raises:
+            DataError: listing every picture in which nothing would count, unless they `may_be_empty`.
+        """
+        masked = [view for view in views if view.picture.mask is not None]
+        recipe: Recipe[View, Tensor] = Recipe(
+            "masks", self._key, lambda view: view.placement.bucket, partial(mask_values, stride=self._stride),
+            lambda batch, masks: [{"mask": mask} for mask in masks],
+        )  # fmt: skip
+        made = fill(self.store, masked, recipe, filling.batch_size, progress=filling.progress, say=filling.say)
+        empty = [] if may_be_empty else [view.picture for view in masked if not self.get(view).any()]
+        if empty:
+            raise DataError(
+                "Some masks leave nothing to learn from:",
+                [
+                    f"{picture.path.name}: its mask is black everywhere in the part that is trained on; mend it, "
+                    "remove the picture, or set data.unmasked_weight above 0"
+                    for picture in dict.fromkeys(empty)
+                ],
             )
-        key = self._key(entry)
-        self._ready[key] = latents
-        write_safetensors(self._path(key), {"mean": latents.mean, "std": latents.std}, {})
+        return made
+
+    def get(self, view: View) -> Tensor:
+        """How much each latent counts, (1, h, w) in [0, 1]; 1 everywhere for a picture without a mask."""
+        if view.picture.mask is None:
+            height, width = view.placement.bucket
+            return torch.ones(1, height // self._stride, width // self._stride)
+        return self.store.get(self._key(view))["mask"]
+
+    def _key(self, view: View) -> str:
+        mask = view.picture.mask
+        assert mask is not None, "views without a mask have no entry"
+        return _digest([mask.sha256, mask.is_alpha, *_cut_of(view), self._stride])
 
 
+@dataclass
 class TextCache:
-    """The conditioning of every caption, for frozen text encoders."""
+    """The conditioning of captions, for frozen text encoders."""
 
-    def __init__(self, folder: Path, text_digest: str) -> None:
-        self._folder = folder / "text"
-        self._text_digest = text_digest
-        self._ready: dict[str, Conditioning] = {}
-        self.damaged: list[Path] = []
-        """Entries that could not be read and are encoded again."""
+    folder: Path
+    text_digest: str
+    tokenize: Tokenize
+    store: Store = field(init=False)
 
-    def prepare(
-        self, captions: Sequence[str], *, describe: Describe, batch_size: int, progress: Progress | None = None
-    ) -> int:
-        """Encode the captions that are not on disk yet; how many that were."""
-        unique = sorted(set(captions))
-        missing = [caption for caption in unique if not self._restore(caption)]
-        done = len(unique) - len(missing)
-        for start in range(0, len(missing), batch_size):
-            batch = missing[start : start + batch_size]
-            conditioning = describe(batch)
-            for i, caption in enumerate(batch):
-                self._ready[caption] = {name: value[i].float().cpu() for name, value in conditioning.items()}
-                if not all(torch.isfinite(value).all() for value in self._ready[caption].values()):
-                    raise NumericError(f"A text encoder gives values that are not finite for the caption {caption!r}.")
-                write_safetensors(self._path(caption), self._ready[caption], {})
-            done += len(batch)
-            if progress:
-                progress(done, len(unique))
-        return len(missing)
+    def __post_init__(self) -> None:
+        self.store = Store(self.folder / "text")
+        self._keys: dict[str, str] = {}
+
+    def prepare(self, captions: Sequence[str], describe: Describe, filling: Filling) -> int:
+        """Encode the captions that are not there yet; how many that were."""
+        unique = sorted(set(captions) - self._keys.keys())
+        for start in range(0, len(unique), 1024):
+            part = unique[start : start + 1024]
+            tokens = self.tokenize(part)
+            for i, caption in enumerate(part):
+                self._keys[caption] = _digest(
+                    [self.text_digest, {name: ids[i].tolist() for name, ids in tokens.items()}]
+                )
+
+        def make(batch: Sequence[str], _: Sequence[str]) -> list[Tensors]:
+            conditioning = describe(self.tokenize(list(batch)))
+            return [_described(caption, conditioning, i) for i, caption in enumerate(batch)]
+
+        recipe: Recipe[str, str] = Recipe("captions", self._keys.__getitem__, lambda caption: "", str, make)
+        return fill(self.store, unique, recipe, filling.batch_size, progress=filling.progress, say=filling.say)
 
     def get(self, caption: str) -> Conditioning:
-        """The conditioning of one caption, without a batch dimension."""
-        return self._ready[caption]
-
-    def _path(self, caption: str) -> Path:
-        key = hashlib.sha256(json.dumps([VERSION, caption, self._text_digest]).encode()).hexdigest()
-        return self._folder / f"{key}.safetensors"
-
-    def _restore(self, caption: str) -> bool:
-        if caption not in self._ready:
-            tensors = _read_entry(self._path(caption), set(), self.damaged)
-            if tensors is None:
-                return False
-            self._ready[caption] = tensors
-        return True
+        """The conditioning of one prepared caption, without a batch dimension; floating point as fp32."""
+        return {
+            name: value.float() if value.is_floating_point() else value
+            for name, value in self.store.get(self._keys[caption]).items()
+        }
 
 
-def pixel_values(entry: Entry, background: Colour) -> Tensor:
-    """A picture as the autoencoder reads it: cut to its bucket, shape (3, H, W), fp32 in [-1, 1]."""
-    picture = entry.picture
-    image = scan.load_image(picture.path, background=background)
-    if sha256(picture.path.read_bytes()) != picture.sha256:
-        raise DataError(f"{picture.path.name} was changed while the run was being prepared; start the command again.")
-    image = buckets.cut(image, picture.placement)
-    if entry.mirrored:
-        image = ImageOps.mirror(image)
-    return to_tensor(image)
+def _digest(decisive: list[Any]) -> str:
+    return hashlib.sha256(json.dumps([VERSION, *decisive], sort_keys=True).encode()).hexdigest()[:40]
 
 
-def to_tensor(image: Image.Image) -> Tensor:
-    """An RGB picture as fp32 of shape (3, H, W) in [-1, 1]."""
-    array = np.asarray(image.convert("RGB"), dtype=np.float32)
-    return torch.from_numpy(array / 127.5 - 1.0).permute(2, 0, 1).contiguous()
+def _cut_of(view: View) -> list[Any]:
+    place = view.placement
+    return [PIXELS, place.bucket, place.resize, place.crop_top_left, view.mirrored]
 
 
-def _batches(entries: Sequence[Entry], size: int) -> list[list[Entry]]:
-    """Runs of at most `size` entries of one bucket; `entries` come sorted by bucket."""
-    found: list[list[Entry]] = []
-    for entry in entries:
-        bucket = entry.picture.placement.bucket
-        if found and len(found[-1]) < size and found[-1][0].picture.placement.bucket == bucket:
-            found[-1].append(entry)
-        else:
-            found.append([entry])
-    return found
+def _finite(view: View, mean: Tensor, std: Tensor) -> Tensors:
+    if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
+        raise NumericError(
+            f"The autoencoder gives values that are not finite for {view.picture.path.name}; "
+            "open the picture: if it looks right, the autoencoder is broken or runs in too small a number format."
+        )
+    return {"mean": mean, "std": std}
 
 
-def _read_entry(path: Path, names: set[str], damaged: list[Path]) -> dict[str, Tensor] | None:
-    """A stored entry with at least these tensors; None when there is none, or it is damaged and was noted as such."""
-    if not path.is_file():
-        return None
-    try:
-        tensors, _ = read_safetensors(path)
-    except CheckpointError:
-        tensors = {}
-    if not tensors or not names <= tensors.keys():
-        path.unlink(missing_ok=True)
-        damaged.append(path)
-        return None
-    # keep: tensors mapped from a file lie at odd addresses, where kernels may round differently; a copy does not.
-    return {name: tensor.clone() for name, tensor in tensors.items()}
+def _described(caption: str, conditioning: Conditioning, place: int) -> Tensors:
+    tensors = {name: value[place].cpu() for name, value in conditioning.items()}
+    if not all(torch.isfinite(value).all() for value in tensors.values()):
+        raise NumericError(f"A text encoder gives values that are not finite for the caption {caption!r}.")
+    return tensors

@@ -1,25 +1,45 @@
-"""A folder of pictures, decided: which pictures, which captions, how each is cut."""
+"""A folder of pictures, decided: which pictures, which captions and masks, how each is cut."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_tools import buckets, scan
 from data_tools.buckets import Placement
-from data_tools.errors import grouped
+from data_tools.errors import RefusedError, StorageError, grouped
+from data_tools.files import read_regular
+from data_tools.fingerprints import sha256
+from data_tools.images import MAX_FILE_BYTES
+from data_tools.memory import Memory
 from data_tools.records import ImageRecord
 from data_tools.scan import Problem
+from data_tools.verdicts import without_dropped
 from finetune.config import has_word
+from finetune.data.captions import PLACEHOLDER, CaptionRules, without_trigger
 from finetune.data.sampler import Item
-from finetune.errors import ConfigError, DataError
-from finetune.rng import python_rng
+from finetune.errors import DataError
 
 Colour = tuple[int, int, int]
 """Red, green, blue; 0 to 255."""
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Where a picture's loss counts.
+
+    Attributes:
+        path: of the mask, or of the picture itself.
+        sha256: of that file's bytes.
+        is_alpha: whether it is the picture's own opacity.
+    """
+
+    path: Path
+    sha256: str
+    is_alpha: bool
 
 
 @dataclass(frozen=True)
@@ -30,12 +50,15 @@ class Picture:
         path: where its file is.
         key: role and file name, e.g. "instance/01.png"; all its randomness hangs on it.
         sha256: of the file's bytes.
-        captions: one is chosen per draw.
+        captions: as they were written; one is chosen per draw.
         placement: bucket, resize and crop.
         size: (height, width) of the upright original, in pixels.
         repeats: appearances per epoch.
-        loss_weight: 1, or prior_loss_weight for a class picture.
+        loss_weight: its own weight, for a class picture times prior_loss_weight.
         is_class: whether it is a class picture.
+        mask: where its loss counts; None: everywhere.
+        phash: perceptual hash, 16 hex digits; near copies differ in few bits.
+        pixel_sha256: of its decoded pixels.
     """
 
     path: Path
@@ -47,6 +70,9 @@ class Picture:
     repeats: int
     loss_weight: float
     is_class: bool
+    mask: Mask | None = None
+    phash: str = ""
+    pixel_sha256: str = ""
 
     def item(self) -> Item:
         """What the sampler needs of it."""
@@ -70,18 +96,31 @@ class Cut:
     background: Colour
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What a folder is read as.
+
+    Attributes:
+        captions: where they come from; a name in `data_tools.captioners`.
+        template: caption for pictures that have none.
+        repeats: appearances per epoch, times each picture's own.
+        class_weight: weight of a class picture's loss.
+        is_class: whether the whole folder shows the class; else each row's `role` says so.
+        mask: "auto" reads mask files where there are any, "alpha" each picture's transparency, "off" none.
+    """
+
+    captions: str = "auto"
+    template: str | None = None
+    repeats: int = 1
+    class_weight: float = 1.0
+    is_class: bool = False
+    mask: str = "auto"
+
+
 def load_pictures(
-    folder: Path,
-    cut: Cut,
-    *,
-    captions: str = "auto",
-    template: str | None = None,
-    repeats: int = 1,
-    loss_weight: float = 1.0,
-    is_class: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    folder: Path, cut: Cut, reading: Reading = Reading(), *, progress: Callable[[int, int], None] | None = None
 ) -> tuple[list[Picture], list[Problem]]:
-    """Scan a folder and settle every picture in it.
+    """Scan a folder and settle every picture in it. Pictures that an earlier scan saw are not decoded again.
 
     Returns:
         The pictures in the order of their names, and warnings and notes worth showing.
@@ -89,89 +128,111 @@ def load_pictures(
     Raises:
         DataError: listing every picture that cannot be trained on.
     """
-    if not folder.is_dir():
-        raise DataError(f"data.folder={folder} is no folder; name the folder that holds the pictures.")
-    result = scan.scan(folder, captions=captions, template=template, background=cut.background, progress=progress)
-    role = "class" if is_class else "instance"
+    memory, slow = _memory(folder, cut.background)
+    try:
+        result = scan.scan(
+            folder, captions=reading.captions, template=reading.template, background=cut.background,
+            progress=progress, memory=memory,
+        )  # fmt: skip
+    finally:
+        if memory is not None:
+            memory.close()
     errors = grouped([p for p in result.problems if p.severity == "error"])
-    for record in result.records:
-        if record.mask_file is not None:
-            errors.append(f"{record.file_name}: has a mask, and training with masks is not possible yet; take it out")
-        if record.role == "class" and not is_class:
-            errors.append(f"{record.file_name}: is a class picture; put it into a folder for data.prior.folder")
     if errors:
         raise DataError(f"{folder} cannot be trained on yet:", errors)
-    if not result.records:
-        raise DataError(f"{folder} holds no pictures; JPEG, PNG and WebP files are read, in sub-folders as well.")
+    records, left_out = without_dropped(result.records)
+    if not records:
+        raise DataError(
+            f"{folder} holds no pictures to train on; JPEG, PNG and WebP files are read, in sub-folders as well.",
+            grouped(left_out),
+        )
     sides = buckets.make_buckets(cut.resolution, cut.multiple)
-    placements = buckets.place(result.records, sides, upscale=cut.upscale, multiple=cut.multiple)
+    placements = buckets.place(records, sides, upscale=cut.upscale, multiple=cut.multiple)
     pictures = [
-        _settle(folder / record.file_name, record, place, role, repeats=record.repeats * repeats, weight=loss_weight)
-        for record, place in zip(result.records, placements, strict=True)
+        _settle(folder, record, place, reading) for record, place in zip(records, placements, strict=True)
     ]
-    return pictures, [p for p in result.problems if p.severity != "error"]
+    return pictures, [*(p for p in result.problems if p.severity != "error"), *left_out, *slow]
 
 
-def _settle(
-    path: Path, record: ImageRecord, placement: Placement, role: str, *, repeats: int, weight: float
-) -> Picture:
+def _memory(folder: Path, background: Colour) -> tuple[Memory | None, list[Problem]]:
+    """What earlier scans saw of the folder; a note where there is no place to remember it."""
+    try:
+        return Memory(folder, background), []
+    except StorageError as error:
+        why = "every start decodes every picture again"
+        return None, [Problem("", f"what is scanned cannot be remembered ({error})", why, "make room there", "note")]
+
+
+def _settle(folder: Path, record: ImageRecord, placement: Placement, reading: Reading) -> Picture:
+    is_class = reading.is_class or record.role == "class"
+    # keep: a class row of the subject's folder may have the name of a picture in the class folder.
+    role = "class" if reading.is_class else "class row" if is_class else "instance"
     return Picture(
-        path=path,
+        path=folder / record.file_name,
         key=f"{role}/{record.file_name}",
         sha256=record.sha256,
         captions=tuple(record.captions),
         placement=placement,
         size=(record.height, record.width),
-        repeats=repeats,
-        loss_weight=weight,
-        is_class=role == "class",
+        repeats=record.repeats * (1 if is_class else reading.repeats),
+        loss_weight=record.loss_weight * (reading.class_weight if is_class else 1.0),
+        is_class=is_class,
+        mask=_mask(folder, record, reading.mask),
+        phash=record.phash,
+        pixel_sha256=record.pixel_sha256,
     )
 
 
-def split_holdout(pictures: Sequence[Picture], count: int, seed: int) -> tuple[list[Picture], list[Picture]]:
-    """Training pictures and held-out ones; which are held out depends on the seed and the names only.
+def _mask(folder: Path, record: ImageRecord, kind: str) -> Mask | None:
+    if kind == "alpha":
+        return Mask(folder / record.file_name, record.sha256, is_alpha=True)
+    if kind == "off" or record.mask_file is None:
+        return None
+    path = folder / record.mask_file
+    try:
+        return Mask(path, sha256(read_regular(path, MAX_FILE_BYTES)), is_alpha=False)
+    except RefusedError as refusal:
+        raise DataError("A mask cannot be read:", [str(refusal.problem(record.mask_file))]) from refusal
+
+
+def check_trigger(pictures: Sequence[Picture], rules: CaptionRules, variants: int) -> None:
+    """Every text a subject caption can become must hold the trigger word, or the adapter would not answer to it.
 
     Raises:
-        ConfigError: if nothing would be left to train on.
+        DataError: listing each caption without it, and each class caption with it.
     """
-    if count >= len(pictures):
-        raise ConfigError(
-            f"validation.holdout={count} leaves nothing to train on: there are {len(pictures)} subject pictures; "
-            "set it to 0 (a probe of the training pictures is used) or add pictures."
-        )
-    held = set(python_rng(seed, "holdout").sample(sorted(p.key for p in pictures), count))
-    return [p for p in pictures if p.key not in held], [p for p in pictures if p.key in held]
+    problems = list(_trigger_problems(pictures, rules, variants))
+    if problems:
+        raise DataError("Some captions would not teach the trigger word:", problems)
 
 
-def check_trigger(pictures: Sequence[Picture], trigger: str | None) -> None:
-    """Every caption must hold the trigger word, or the adapter would not answer to it.
-
-    Raises:
-        DataError: listing each caption without it.
-    """
-    if not trigger:
-        return
-    missing = [
-        f"{p.path.name}: {caption!r} does not hold the trigger {trigger!r}; add it to the caption or drop data.trigger"
-        for p in pictures
-        for caption in p.captions
-        if not has_word(caption, trigger)
-    ]
-    if missing:
-        raise DataError("Some captions would not teach the trigger word:", missing)
+def _trigger_problems(pictures: Sequence[Picture], rules: CaptionRules, variants: int) -> Iterator[str]:
+    for picture in pictures:
+        name = picture.path.name
+        for caption in picture.captions:
+            if not rules.trigger:
+                if PLACEHOLDER in caption:
+                    yield f"{name}: {caption!r} holds {PLACEHOLDER}, and data.trigger is not set; set it to your word"
+            elif picture.is_class:
+                if PLACEHOLDER in caption or has_word(caption, rules.trigger):
+                    yield (f"{name}: {caption!r} is the caption of a class picture and holds the trigger, so the class "
+                           "would be taught under the subject's name; take it out")  # fmt: skip
+            elif missing := without_trigger([caption], rules, variants):
+                yield (f"{name}: {missing[0]!r} does not hold the trigger {rules.trigger!r}; add it to the caption, "
+                       f"write {PLACEHOLDER} where it belongs, or drop data.trigger")  # fmt: skip
 
 
-def long_captions(pictures: Sequence[Picture], tokenizers: dict[str, Any]) -> list[str]:
-    """A line for every caption of which a text encoder would not see the end."""
+def long_captions(pictures: Sequence[Picture], tokenizers: dict[str, Any], room: dict[str, int]) -> list[str]:
+    """A line for every caption of which a text encoder would not see the end; `room` is how many tokens each reads."""
     lines = []
     for picture in pictures:
         for caption in picture.captions:
             for name, tokenizer in tokenizers.items():
-                count, room = len(tokenizer(caption).input_ids), tokenizer.model_max_length
-                if count > room:
+                count = len(tokenizer(caption).input_ids)
+                if count > room[name]:
                     lines.append(
-                        f"{picture.path.name}: the caption has {count} tokens, {name} reads {room}; the last "
-                        f"{count - room} have no effect"
+                        f"{picture.path.name}: the caption has {count} tokens, {name} reads {room[name]}; the last "
+                        f"{count - room[name]} have no effect"
                     )
     return lines
 
@@ -186,17 +247,17 @@ def bucket_counts(pictures: Sequence[Picture]) -> list[tuple[tuple[int, int], in
 
 
 def fingerprint(pictures: Sequence[Picture]) -> dict[str, list[Any]]:
-    """What a resumed run compares: per picture its content, captions, cut, repeats and weight."""
+    """What a resumed run compares: per picture its content, captions, cut, repeats, weight and mask."""
     return {
         p.key: [p.sha256, list(p.captions), list(p.placement.bucket), list(p.placement.crop_top_left), p.repeats,
-                p.loss_weight]
+                p.loss_weight, p.mask.sha256 if p.mask else None]
         for p in pictures
     }  # fmt: skip
 
 
 def dataset_changes(before: dict[str, list[Any]], now: dict[str, list[Any]]) -> list[str]:
     """One line per picture that was added, removed or changed since a checkpoint was written."""
-    parts = ("the picture", "a caption", "the bucket", "the crop", "the repeats", "the loss weight")
+    parts = ("the picture", "a caption", "the bucket", "the crop", "the repeats", "the loss weight", "the mask")
     lines = [f"{key} is gone" for key in sorted(before.keys() - now.keys())]
     lines += [f"{key} is new" for key in sorted(now.keys() - before.keys())]
     for key in sorted(before.keys() & now.keys()):

@@ -29,7 +29,7 @@ RENDERED = "class-"
 
 def fill(
     folder: Path, prior: PriorConfig, family: ModelFamily, components: Components,
-    sizes: Sequence[tuple[int, int]], reporter: Reporter,
+    sizes: Sequence[tuple[int, int]], reporter: Reporter, *, have: int = 0,
 ) -> int:  # fmt: skip
     """Render class pictures until the folder holds `prior.images`; how many were rendered now.
 
@@ -39,6 +39,7 @@ def fill(
 
     Args:
         sizes: (height, width) in pixels, used in turn; usually those of the subject's pictures.
+        have: class pictures that lie elsewhere and count.
 
     Raises:
         DataError: if the folder holds pictures rendered with another base, other prompts or other settings.
@@ -51,8 +52,8 @@ def fill(
         "guidance_scale": prior.guidance_scale,
     }
     _check_record(folder, made_with)
-    own = [p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith(RENDERED)]
-    wanted = [folder / f"{RENDERED}{i:05d}.png" for i in range(max(0, prior.images - len(own)))]
+    own = [p for p in _pictures(folder) if not p.name.startswith(RENDERED)]
+    wanted = [folder / f"{RENDERED}{i:05d}.png" for i in range(max(0, prior.images - have - len(own)))]
     missing = [i for i, path in enumerate(wanted) if not (path.is_file() and path.with_suffix(".txt").is_file())]
     if not missing:
         return 0
@@ -71,6 +72,15 @@ def fill(
                 _publish(image, wanted[i])
             advance(len(wanted) - len(missing) + done, "")
     return len(missing)
+
+
+def has_pictures(folder: Path) -> bool:
+    """Whether there is anything to read in the class folder."""
+    return next(_pictures(folder), None) is not None
+
+
+def _pictures(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
 
 
 def chosen(pictures: Sequence[Picture], images: int) -> list[Picture]:

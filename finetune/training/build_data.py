@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from data_tools.images import SUFFIXES
 from data_tools.scan import Problem
 from finetune.config import DataConfig, PriorConfig, Run
 from finetune.data import prior
-from finetune.data.batch import Collator
-from finetune.data.cache import LatentCache, TextCache
-from finetune.data.dataset import Colour, Cut, Picture, check_trigger, load_pictures, long_captions, split_holdout
-from finetune.errors import ConfigError
-from finetune.families import Components, Conditioning, ModelFamily
+from finetune.data.batch import Collator, Variation
+from finetune.data.cache import Filling, LatentCache, MaskCache, TextCache
+from finetune.data.captions import CaptionRules, varies
+from finetune.data.dataset import Colour, Cut, Picture, Reading, check_trigger, load_pictures, long_captions
+from finetune.data.pixels import to_values
+from finetune.data.split import overlap, split_holdout
+from finetune.data.store import Store
+from finetune.data.views import Augment, View, plain
+from finetune.errors import ConfigError, DataError
+from finetune.families import Components, Conditioning, Latents, ModelFamily
 from finetune.tracking import Reporter, count_only
+from finetune.training.build import noise_shape
 from finetune.training.devices import on_device
+
+ENCODED_AT_ONCE = {"cpu": 8, "cuda": 8}
+"""Pictures per pass of the autoencoder, halved by itself where memory does not suffice."""
+CAPTIONS_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -28,8 +39,8 @@ class Pictures:
 
     Attributes:
         training: subject and class pictures.
-        holdout: subject pictures that are only validated on.
-        problems: warnings and notes of the scan.
+        holdout: subject pictures that are only validated on: set aside, or from validation.folder.
+        problems: warnings and notes of the scan and of the split.
         generated: class pictures rendered just now.
     """
 
@@ -57,7 +68,8 @@ def background_colour(text: str) -> Colour:
 def build_cut(data: DataConfig, family: ModelFamily, components: Components) -> Cut:
     """How pictures are cut for this base: its own resolution unless the run names one."""
     resolution = data.resolution or family.native_resolution(components)
-    multiple = family.bucket_multiple if resolution > family.bucket_multiple * 4 else smallest_multiple(components)
+    small = resolution <= family.bucket_multiple * 4
+    multiple = family.smallest_multiple(components) if small else family.bucket_multiple
     if resolution % multiple:
         raise ConfigError(
             f"data.resolution={resolution} is no multiple of {multiple} pixels, in which {family.name} buckets grow; "
@@ -66,23 +78,99 @@ def build_cut(data: DataConfig, family: ModelFamily, components: Components) -> 
     return Cut(resolution, multiple, data.upscale, background_colour(data.background))
 
 
-def smallest_multiple(components: Components) -> int:
-    """What picture sides must be divisible by so that autoencoder and denoiser halve evenly, in pixels."""
-    assert components.vae is not None, "the autoencoder is loaded with the base and dropped after caching"
-    halvings = len(components.vae.config.block_out_channels) + len(components.denoiser.config.block_out_channels) - 2
-    return int(2**halvings)
+def build_pictures(run: Run, cut: Cut, reporter: Reporter) -> Pictures:
+    """Scan the subject's folder, and set held-out pictures aside or read them from validation.folder."""
+    data = run.data
+    reading = Reading(
+        data.captions, data.caption_template, data.repeats,
+        class_weight=data.prior.prior_loss_weight if data.prior else 1.0, mask=data.mask,
+    )  # fmt: skip
+    pictures, problems = _scanned("data.folder", data.folder, cut, reading, reporter)
+    check_trigger(pictures, caption_rules(data), data.caption_variants)
+    check_words(pictures, list(run.tokens.words) if run.tokens else [])
+    if run.validation.folder is None:
+        training, held, more = split_holdout(pictures, run.validation.holdout, run.train.seed)
+        return Pictures(training, held, [*problems, *more], 0)
+    held, more = _scanned("validation.folder", run.validation.folder, cut, reading, reporter)
+    check_trigger(held, caption_rules(data), data.caption_variants)
+    # keep: a picture of the same name is trained on; questions about it are keyed apart.
+    held = [replace(p, key=f"validation/{p.key}") for p in held if not p.is_class]
+    return Pictures(pictures, held, [*problems, *more, *overlap(pictures, held)], 0)
 
 
-def build_pictures(data: DataConfig, cut: Cut, holdout: int, seed: int, reporter: Reporter) -> Pictures:
-    """Scan the subject's folder and set held-out pictures aside."""
-    with reporter.progress("Checking pictures", 1) as advance:
-        subject, problems = load_pictures(
-            data.folder, cut, captions=data.captions, template=data.caption_template, repeats=data.repeats
-        )
-        advance(1, "")
-    check_trigger(subject, data.trigger)
-    training, held = split_holdout(subject, holdout, seed)
-    return Pictures(training, held, problems, 0)
+def check_words(pictures: list[Picture], words: list[str]) -> None:
+    """Every learned word must stand in a caption of the subject, or nothing would teach it.
+
+    Raises:
+        DataError: naming each word that no caption holds.
+    """
+    captions = [caption for picture in pictures if not picture.is_class for caption in picture.captions]
+    problems = [
+        f"no caption holds {word}; the first is {captions[0]!r}: write the word where the subject is, e.g. with "
+        f'data.captions=template and data.caption_template="a photo of {word}"'
+        for word in words
+        if captions and not any(word in caption for caption in captions)
+    ]
+    if problems:
+        raise DataError("Some words of tokens.words would not be learned:", problems)
+
+
+def _scanned(
+    field: str, folder: Path, cut: Cut, reading: Reading, reporter: Reporter
+) -> tuple[list[Picture], list[Problem]]:
+    if not folder.is_dir():
+        raise DataError(f"{field}={folder} is no folder; name the folder that holds the pictures.")
+    total = sum(path.suffix.lower() in SUFFIXES for path in folder.rglob("*"))
+    with reporter.progress(f"Checking {field}", total) as advance:
+        return load_pictures(folder, cut, reading, progress=count_only(advance))
+
+
+def caption_rules(data: DataConfig) -> CaptionRules:
+    """How subject captions vary."""
+    return CaptionRules(
+        shuffle=data.shuffle_caption,
+        separator=data.caption_separator,
+        keep_tokens=data.keep_tokens,
+        keep_separator=data.keep_tokens_separator,
+        tag_dropout=data.tag_dropout,
+        prefix=data.caption_prefix,
+        suffix=data.caption_suffix,
+        trigger=data.trigger,
+    )
+
+
+def variation(run: Run) -> Variation:
+    """What differs from draw to draw."""
+    data = run.data
+    return Variation(
+        augment=Augment(data.flip, data.crop == "random", data.color_jitter, data.versions),
+        rules=caption_rules(data),
+        caption_variants=data.caption_variants,
+        caption_dropout=data.caption_dropout,
+        unmasked_weight=data.unmasked_weight,
+        noise=noise_shape(run),
+    )
+
+
+def variation_rows(run: Run, pictures: Pictures) -> list[tuple[str, str]]:
+    """What differs from draw to draw, for the plan; nothing where nothing does."""
+    data, varied = run.data, variation(run)
+    shown = [f"{varied.augment.count()} versions of each picture"] if varied.augment.count() > 1 else []
+    shown += ["cropped anywhere"] if data.crop == "random" else []
+    shown += [f"colours changed by up to {data.color_jitter:.0%}"] if data.color_jitter else []
+    shown += ["mirrored every other time"] if data.flip else []
+    said = ["tags shuffled"] if data.shuffle_caption else []
+    said += [f"{data.tag_dropout:.0%} of tags dropped"] if data.tag_dropout else []
+    said += [f"{data.caption_dropout:.0%} empty"] if data.caption_dropout else []
+    if any(varies(p.captions, varied.rules) for p in pictures.subject):
+        said.append(
+            "new in every draw, for the text encoder is trained" if run.text_encoder_adapter is not None
+            else f"up to {data.caption_variants} texts per caption, encoded once, for the text encoders are frozen"
+        )  # fmt: skip
+    masked = [p for p in pictures.training if p.mask]
+    masks = f"{len(masked)} of {len(pictures.training)} pictures; outside counts {data.unmasked_weight:g}"
+    rows = (("Pictures vary", ", ".join(shown)), ("Captions vary", ", ".join(said)), ("Masks", masks if masked else ""))
+    return [(label, value) for label, value in rows if value]
 
 
 def add_class_pictures(
@@ -91,18 +179,21 @@ def add_class_pictures(
 ) -> Pictures:  # fmt: skip
     """Fill the class folder with the base model, on `device`, and add its pictures to the training ones.
 
-    They are rendered in the sizes of the subject's buckets, so that both share batches.
+    They are rendered in the sizes of the subject's buckets, so that both share batches. Class pictures among the
+    subject's own rows count towards the number that is wanted.
     """
-    sizes = [p.placement.bucket for p in pictures.training]
+    own = [p for p in pictures.training if p.is_class]
+    sizes = [p.placement.bucket for p in pictures.subject]
     with on_device(list(components.modules().values()), device):
-        generated = prior.fill(folder, config, family, components, sizes, reporter)
+        generated = prior.fill(folder, config, family, components, sizes, reporter, have=len(own))
+    if own and not prior.has_pictures(folder):
+        return replace(pictures, generated=generated)
     # keep: braces are placeholders in templates and plain characters in prompts.
     prompt = config.prompts[0].replace("{", "{{").replace("}", "}}")
-    others, problems = load_pictures(
-        folder, cut, template=prompt, loss_weight=config.prior_loss_weight, is_class=True
-    )
+    reading = Reading(template=prompt, class_weight=config.prior_loss_weight, is_class=True, mask="off")
+    others, problems = load_pictures(folder, cut, reading)
     warnings = [p for p in problems if p.severity == "warning"]
-    training = [*pictures.training, *prior.chosen(others, config.images)]
+    training = [*pictures.training, *prior.chosen(others, config.images - len(own))]
     return Pictures(training, pictures.holdout, [*pictures.problems, *warnings], generated)
 
 
@@ -111,55 +202,91 @@ def build_collator(
     reporter: Reporter,
 ) -> Collator:  # fmt: skip
     """Encode every picture and, with frozen text encoders, every caption; what is on disk already is reused.
+
+    Any number of processes may call this at once; they share the work through the cache folder.
     """
     folder = run.data.cache_folder or run.output_dir / "cache"
     vae = components.vae
     assert vae is not None, "the autoencoder is loaded with the base"
-    latents = LatentCache(folder, components.digests["vae"], cut.background)
-
-    @torch.no_grad()
-    def encode(pixels: Tensor):  # type: ignore[no-untyped-def]
-        return family.encode_images(vae, pixels.to(device))
-
-    copies = 2 if run.data.flip else 1
-    with reporter.progress("Encoding pictures", len(pictures.all) * copies) as advance, on_device([vae], device):
-        latents.prepare(
-            # keep: fp32 activations of one 1024 px picture take gigabytes on a GPU.
-            pictures.all, flip=run.data.flip, encode=encode, batch_size=8 if device.type == "cpu" else 2,
-            progress=count_only(advance),
-        )  # fmt: skip
-    for path in latents.damaged:
-        reporter.warn(f"{path.name} in the cache was damaged and is encoded again")
-    tokenize = partial(family.tokenize, components.tokenizers)
+    latents = LatentCache(folder, f"{components.digests['vae']} {_dtype(vae)}", cut.background)
+    masks = None
+    if any(p.mask for p in pictures.all):
+        masks = MaskCache(folder, family.vae_stride(vae))
     collator = Collator(
-        pictures.training, latents, tokenize,
-        seed=run.train.seed, flip=run.data.flip, caption_dropout=run.data.caption_dropout,
+        pictures.training, latents, partial(family.tokenize, components.tokenizers), variation(run),
+        seed=run.train.seed, masks=masks,
     )  # fmt: skip
-    for line in long_captions(pictures.all, components.tokenizers):
+    views = [*collator.views(), *(plain(p) for p in pictures.holdout)]
+    if masks is not None:
+        _prepare_masks(masks, views, run.data.unmasked_weight, reporter)
+    _encode_pictures(latents, views, family, vae, device, reporter)
+    room = {name: family.token_limit(name, tokenizer) for name, tokenizer in components.tokenizers.items()}
+    for line in long_captions(pictures.all, components.tokenizers, room):
         reporter.warn(line)
-    if run.text_encoder_adapter is not None:
+    if run.trains_text():
         return collator
-    captions = [*collator.captions(), *(c for p in pictures.holdout for c in p.captions)]
-    cache = TextCache(folder, text_digest(components))
+    texts = [*collator.captions(), *(collator.caption_of(p) for p in pictures.holdout)]
+    if run.objective.teacher is not None:
+        texts += run.objective.teacher.prompts
+    return collator.with_text(_encode_captions(folder, texts, family, components, device, reporter))
+
+
+def _encode_pictures(
+    latents: LatentCache, views: list[View], family: ModelFamily, vae: nn.Module, device: torch.device,
+    reporter: Reporter,
+) -> None:  # fmt: skip
+    @torch.no_grad()
+    def encode(pixels: Tensor) -> Latents:
+        return family.encode_images(vae, to_values(pixels.to(device)))
+
+    with reporter.progress("Encoding pictures", len(views)) as advance, on_device([vae], device):
+        filling = Filling(ENCODED_AT_ONCE.get(device.type, 4), count_only(advance), reporter.warn)
+        latents.prepare(views, encode, filling)
+    _tell_damage(latents.store, reporter)
+
+
+def _prepare_masks(masks: MaskCache, views: list[View], unmasked_weight: float, reporter: Reporter) -> None:
+    with reporter.progress("Preparing masks", len(views)) as advance:
+        masks.prepare(views, Filling(64, count_only(advance), reporter.warn), may_be_empty=unmasked_weight > 0)
+    _tell_damage(masks.store, reporter)
+    bare = sorted({view.picture.path.name for view in views if view.picture.mask is None and not view.picture.is_class})
+    if bare:
+        named = ", ".join(bare[:5]) + (f" and {len(bare) - 5} more" if len(bare) > 5 else "")
+        reporter.warn(f"no mask for {named}: their loss counts everywhere")
+
+
+def _encode_captions(
+    folder: Path, texts: list[str], family: ModelFamily, components: Components, device: torch.device,
+    reporter: Reporter,
+) -> TextCache:  # fmt: skip
+    cache = TextCache(folder, text_digest(family, components), partial(family.tokenize, components.tokenizers))
     encoders = list(components.text_encoders.values())
-    with reporter.progress("Encoding captions", len(set(captions))) as advance, on_device(encoders, device):
-        cache.prepare(
-            captions, describe=partial(_describe, family, components, device), batch_size=32,
-            progress=count_only(advance),
-        )  # fmt: skip
-    return collator.with_text(cache)
+    with reporter.progress("Encoding captions", len(set(texts))) as advance, on_device(encoders, device):
+        filling = Filling(CAPTIONS_AT_ONCE, count_only(advance), reporter.warn)
+        cache.prepare(texts, partial(_describe, family, components, device), filling)
+    _tell_damage(cache.store, reporter)
+    return cache
+
+
+def _tell_damage(store: Store, reporter: Reporter) -> None:
+    for path in store.set_aside:
+        reporter.warn(
+            f"{path.name} in {path.parent} was damaged; it is set aside and its content is encoded again "
+            f"(finetune cache {path.parent.parent} --prune removes it)"
+        )
 
 
 @torch.no_grad()
-def _describe(family: ModelFamily, components: Components, device: torch.device, captions: list[str]) -> Conditioning:
-    tokens = {name: ids.to(device) for name, ids in family.tokenize(components.tokenizers, captions).items()}
-    return family.encode_prompts(components.text_encoders, tokens)
+def _describe(
+    family: ModelFamily, components: Components, device: torch.device, tokens: dict[str, Tensor]
+) -> Conditioning:
+    return family.encode_prompts(components.text_encoders, {name: ids.to(device) for name, ids in tokens.items()})
 
 
-def text_digest(components: Components) -> str:
-    """One digest over all text encoders and their number format."""
+def text_digest(family: ModelFamily, components: Components) -> str:
+    """One digest over all text encoders, their number format, and how the family reads them."""
     parts = [f"{name} {components.digests[name]} {_dtype(m)}" for name, m in sorted(components.text_encoders.items())]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    return hashlib.sha256("\n".join([*parts, repr(family.reading)]).encode()).hexdigest()
 
 
 def _dtype(module: nn.Module) -> torch.dtype:

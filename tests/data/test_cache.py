@@ -10,170 +10,250 @@ import pytest
 import torch
 from PIL import Image
 
-from finetune.data.batch import Collator
-from finetune.data.cache import LatentCache, TextCache
-from finetune.data.dataset import Cut, load_pictures, split_holdout
-from finetune.data.sampler import Draw
-from finetune.errors import NumericError
+from finetune.data import cache as cache_module
+from finetune.data.cache import LatentCache, MaskCache, TextCache
+from finetune.data.dataset import Reading, load_pictures
+from finetune.data.views import Augment, View, every_view, plain
+from finetune.errors import DataError, NumericError, ResourceError, StorageError
 from finetune.families.base import Latents
-
-CUT = Cut(resolution=64, multiple=8, upscale=True, background=(255, 255, 255))
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """Four small pictures of different shapes with captions."""
-    generator = np.random.default_rng(0)
-    for i, (height, width) in enumerate([(64, 64), (64, 64), (48, 80), (80, 48)]):
-        Image.fromarray(generator.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
-        (tmp_path / f"{i}.txt").write_text(f"picture {i}\n")
-    return tmp_path
+from tests.data.conftest import CUT, TWO_AT_ONCE, Encoder, describe, pictures_in, prepared, tokenize
 
 
-class Encoder:
-    """Stands where the autoencoder stands; counts what it is asked."""
-
-    def __init__(self):
-        self.seen = 0
-
-    def __call__(self, pixels):
-        self.seen += len(pixels)
-        return Latents(torch.nn.functional.avg_pool2d(pixels, 8), torch.full_like(pixels[:, :, ::8, ::8], 0.1))
-
-
-def encoded(folder, cache, cut=CUT, vae="vae", flip=False):
-    """How many pictures a fresh start encodes, and what it holds afterwards."""
-    pictures, _ = load_pictures(folder, cut)
+def encoded(folder, cache, cut=CUT, vae="vae", augment=None):
+    """How many views a fresh start encodes, and what it holds of each picture afterwards."""
+    pictures = pictures_in(folder, cut)
     encoder = Encoder()
     latents = LatentCache(cache, vae, cut.background)
-    latents.prepare(pictures, flip=flip, encode=encoder, batch_size=2)
-    return encoder.seen, [latents.get(p, False) for p in pictures]
+    views = [view for p in pictures for view in every_view(p, augment or Augment())]
+    latents.prepare(views, encoder, TWO_AT_ONCE)
+    return encoder.seen, [latents.get(plain(p)) for p in pictures]
 
 
-def test_the_second_start_encodes_nothing_and_reads_the_same(folder, tmp_path_factory):
+def test_the_second_start_encodes_nothing_and_reads_the_same(folder, tmp_path):
     """Encoding is paid for once."""
-    cache = tmp_path_factory.mktemp("cache")
-    first, wrote = encoded(folder, cache)
-    second, read = encoded(folder, cache)
+    first, wrote = encoded(folder, tmp_path / "cache")
+    second, read = encoded(folder, tmp_path / "cache")
     assert (first, second) == (4, 0)
     assert all(torch.equal(a.mean, b.mean) and torch.equal(a.std, b.std) for a, b in zip(wrote, read, strict=True))
 
 
-def test_whatever_decides_a_latent_is_in_its_key(folder, tmp_path_factory):
-    """Every peer read serves stale latents after at least one of these; ours after none."""
-    cache = tmp_path_factory.mktemp("cache")
+def test_whatever_decides_a_latent_is_in_its_key(folder, tmp_path, monkeypatch):
+    """Fault 46. Every peer read serves stale latents after at least one of these; ours after none."""
+    cache = tmp_path / "cache"
     encoded(folder, cache)
     assert encoded(folder, cache, vae="another autoencoder")[0] == 4
     assert encoded(folder, cache, cut=replace(CUT, resolution=32))[0] == 4
     assert encoded(folder, cache, cut=replace(CUT, background=(0, 0, 0)))[0] == 4
-    assert encoded(folder, cache, flip=True)[0] == 4, "only the mirrored half is new"
+    assert encoded(folder, cache, augment=Augment(flip=True))[0] == 4, "only the mirrored half is new"
     picture = Image.open(folder / "0.png")
     picture.putpixel((3, 3), (1, 2, 3))
     picture.save(folder / "0.png")
     assert encoded(folder, cache)[0] == 1
     (folder / "1.txt").write_text("another caption\n")
     assert encoded(folder, cache)[0] == 0, "a caption does not touch the latents"
+    monkeypatch.setattr(cache_module, "PIXELS", "another decoder")
+    assert encoded(folder, cache)[0] == 4
 
 
-def test_random_edits_never_hit_a_stale_entry(folder, tmp_path_factory):
+def test_exif_rotation_is_part_of_the_content(folder, tmp_path):
+    """Fault 46: a viewer that only turns the EXIF flag changes what the picture is."""
+    picture = Image.open(folder / "2.png")
+    picture.save(folder / "2.jpg", quality=95)
+    (folder / "2.png").unlink()
+    encoded(folder, tmp_path / "cache")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(folder / "2.jpg").save(folder / "2.jpg", quality="keep", exif=exif)
+    assert encoded(folder, tmp_path / "cache")[0] == 1
+
+
+def test_two_files_of_one_stem_are_two_entries(folder, tmp_path):
+    """Fault 47. Peers name the entry after the stem, and b.jpg trains on the latents of b.png."""
+    Image.open(folder / "1.png").convert("RGB").rotate(90).save(folder / "0.jpg")
+    count, latents = encoded(folder, tmp_path / "cache")
+    assert count == 5
+    assert not torch.equal(latents[0].mean, latents[1].mean)
+
+
+def test_random_edits_never_hit_a_stale_entry(folder, tmp_path):
     """What the cache gives equals what a cache made from nothing gives, after any sequence of edits."""
-    cache, draw = tmp_path_factory.mktemp("cache"), random.Random(0)
-    for turn in range(12):
+    draw = random.Random(0)
+    for turn in range(8):
         name = folder / f"{draw.randrange(4)}.png"
         picture = Image.open(name).convert("RGB")
         if draw.random() < 0.5:
             picture.putpixel((draw.randrange(picture.width), draw.randrange(picture.height)), (turn, 0, 0))
         picture.rotate(draw.choice([0, 90, 180])).save(name)
-        _, cached = encoded(folder, cache)
-        _, fresh = encoded(folder, tmp_path_factory.mktemp("fresh"))
+        _, cached = encoded(folder, tmp_path / "cache")
+        _, fresh = encoded(folder, tmp_path / f"fresh-{turn}")
         assert all(torch.equal(a.mean, b.mean) for a, b in zip(cached, fresh, strict=True))
 
 
-def test_a_damaged_entry_is_encoded_again(folder, tmp_path_factory):
-    """A full disk or a lost connection leaves half files; they must not end or spoil a run."""
-    cache = tmp_path_factory.mktemp("cache")
-    _, before = encoded(folder, cache)
-    victim = sorted((cache / "latents").iterdir())[0]
-    victim.write_bytes(victim.read_bytes()[:40])
-    count, after = encoded(folder, cache)
-    assert count == 1
-    assert all(torch.equal(a.mean, b.mean) for a, b in zip(before, after, strict=True))
-
-
-def test_latents_that_are_not_finite_name_the_picture(folder, tmp_path_factory):
-    """SDXL's autoencoder overflows in fp16; peers turn the NaN into zeros and train on them."""
-    pictures, _ = load_pictures(folder, CUT)
-    latents = LatentCache(tmp_path_factory.mktemp("cache"), "vae", CUT.background)
+def test_latents_that_are_not_finite_name_the_picture(folder, tmp_path):
+    """Fault 22. SDXL's autoencoder overflows in fp16; peers turn the NaN into zeros and train on them."""
+    pictures = pictures_in(folder)
+    latents = LatentCache(tmp_path / "cache", "vae", CUT.background)
     with pytest.raises(NumericError, match=r"not finite for \d\.png"):
         latents.prepare(
-            pictures, flip=False, batch_size=2, encode=lambda x: Latents(x * float("nan"), torch.zeros_like(x))
+            [plain(p) for p in pictures], lambda x: Latents(x * float("nan"), torch.zeros_like(x)), TWO_AT_ONCE
         )
 
 
-def test_mirrored_latents_are_of_the_mirrored_picture(folder, tmp_path_factory):
+def test_mirrored_latents_are_of_the_mirrored_picture(folder, tmp_path):
     """Mirroring latents is not the same as encoding the mirrored picture; ours does the latter."""
-    pictures, _ = load_pictures(folder, CUT)
-    latents = LatentCache(tmp_path_factory.mktemp("cache"), "vae", CUT.background)
-    latents.prepare(pictures, flip=True, encode=Encoder(), batch_size=2)
-    plain, mirrored = (latents.get(pictures[0], m).mean for m in (False, True))
-    assert torch.allclose(mirrored, plain.flip(-1), atol=1e-6)
-    assert not torch.equal(mirrored, plain)
+    picture = pictures_in(folder)[0]
+    sides = every_view(picture, Augment(flip=True))
+    latents = prepared([picture], tmp_path / "cache", sides)
+    left, right = (latents.get(view).mean for view in sides)
+    assert torch.allclose(right, left.flip(-1), atol=1e-6)
+    assert not torch.equal(right, left)
 
 
-def test_captions_are_encoded_once_and_per_encoder(tmp_path):
-    """The key is the caption and the text encoders' weights."""
+def test_captions_are_encoded_once_per_encoder_and_tokenizer(tmp_path):
+    """Fault 46. The key is what the tokenizer made of the caption, and the text encoders' weights."""
     asked = []
 
-    def describe(captions):
-        asked.extend(captions)
-        return {"encoder_hidden_states": torch.tensor([[float(len(c))] for c in captions])}
+    def counting(tokens):
+        asked.extend(tokens["text_encoder"].tolist())
+        return describe(tokens)
 
-    for digest in ("one", "one", "two"):
-        cache = TextCache(tmp_path, digest)
-        cache.prepare(["a cat", "a dog", "a cat", ""], describe=describe, batch_size=2)
-        assert cache.get("a cat")["encoder_hidden_states"].item() == 5
-    assert sorted(asked) == sorted(["", "a cat", "a dog"] * 2)
+    def other_tokenizer(captions):
+        return {"text_encoder": tokenize(captions)["text_encoder"] + 1}
 
-
-def test_draws_belong_to_samples(folder, tmp_path_factory):
-    """The same appearance of a picture gets the same noise in whatever batch, process or order it comes."""
-    pictures, _ = load_pictures(folder, CUT)
-    latents = LatentCache(tmp_path_factory.mktemp("cache"), "vae", CUT.background)
-    latents.prepare(pictures, flip=True, encode=Encoder(), batch_size=2)
-    text = TextCache(tmp_path_factory.mktemp("text"), "one")
-    text.prepare([c for p in pictures for c in p.captions] + [""], batch_size=8,
-                 describe=lambda captions: {"states": torch.zeros(len(captions), 1)})  # fmt: skip
-    collator = Collator(pictures, latents, text, seed=3, flip=True, caption_dropout=0.3)
-    first, second = Draw(0, 0, 0), Draw(1, 0, 0)
-    together = collator.step(0, [[first, second]], 0, 1)[0]
-    swapped = collator.step(0, [[second, first]], 0, 1)[0]
-    assert torch.equal(together.noise, swapped.noise.flip(0))
-    assert torch.equal(together.latents.mean, swapped.latents.mean.flip(0))
-    assert together.captions == swapped.captions[::-1]
-    halves = [collator.step(0, [[first, second]], rank, 2)[0] for rank in range(2)]
-    assert torch.equal(torch.cat([h.noise for h in halves]), together.noise)
-    assert torch.equal(torch.cat([h.quantiles for h in halves]), together.quantiles)
-    again = collator.step(0, [[Draw(0, 1, 0), second]], 0, 1)[0]
-    assert not torch.equal(again.noise[0], together.noise[0]), "another epoch is another draw"
+    for digest, tokenizer, new in (
+        ("one", tokenize, 3), ("one", tokenize, 0), ("two", tokenize, 3), ("one", other_tokenizer, 3)
+    ):  # fmt: skip
+        before = len(asked)
+        cache = TextCache(tmp_path, digest, tokenizer)
+        assert cache.prepare(["a cat", "a dog", "a cat", ""], counting, TWO_AT_ONCE) == new
+        assert len(asked) - before == new
+        expected = describe(tokenizer(["a cat"]))["encoder_hidden_states"][0]
+        assert torch.equal(cache.get("a cat")["encoder_hidden_states"], expected)
 
 
-def test_quantiles_are_one_in_each_part(folder, tmp_path_factory):
-    """Stratified: n pictures cover all n-ths of the noise levels in every step."""
-    pictures, _ = load_pictures(folder, CUT)
-    latents = LatentCache(tmp_path_factory.mktemp("cache"), "vae", CUT.background)
-    latents.prepare(pictures, flip=False, encode=Encoder(), batch_size=2)
-    collator = Collator(pictures, latents, lambda c: {"text_encoder": torch.zeros(len(c), 1)}, seed=0, flip=False,
-                        caption_dropout=0.0)  # fmt: skip
-    for step in range(5):
-        batches = collator.step(step, [[Draw(0, step, 0), Draw(1, step, 0)], [Draw(2, step, 0)]], 0, 1)
-        quantiles = torch.cat([b.quantiles for b in batches])
-        assert sorted((quantiles * 3).long().tolist()) == [0, 1, 2]
-        assert [b.images_in_step for b in batches] == [3, 3]
+def test_too_little_memory_halves_the_batch_and_says_so(folder, tmp_path):
+    """Fault 25. Peers die in the middle of encoding, or skip pictures."""
+    pictures = pictures_in(folder)
+    said, sizes = [], []
+
+    def small_card(pixels):
+        sizes.append(len(pixels))
+        if len(pixels) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return Encoder()(pixels)
+
+    latents = LatentCache(tmp_path / "cache", "vae", CUT.background)
+    filling = cache_module.Filling(8, say=said.append)
+    assert latents.prepare([plain(p) for p in pictures], small_card, filling) == 4
+    assert said == ["memory does not suffice for 2 pictures at once; going on with 1 at once"]
+    assert sizes.count(2) == 1, "the smaller size holds for all that follow"
+    reference = prepared(pictures, tmp_path / "other")
+    assert all(torch.equal(latents.get(plain(p)).mean, reference.get(plain(p)).mean) for p in pictures)
+
+    def no_card(pixels):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 12 bytes.")
+
+    with pytest.raises(ResourceError, match="even one of the pictures"):
+        LatentCache(tmp_path / "none", "vae", CUT.background).prepare([plain(pictures[0])], no_card, filling)
 
 
-def test_holdout_depends_on_seed_and_names_only(folder):
-    """A resumed or repeated run holds out the same pictures."""
-    pictures, _ = load_pictures(folder, CUT)
-    _, held = split_holdout(pictures, 2, seed=0)
-    _, again = split_holdout(list(reversed(pictures)), 2, seed=0)
-    assert {p.key for p in held} == {p.key for p in again}
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(folder, tmp_path, monkeypatch):
+    """Fault 5, for caches: the estimate stands in the message, and nothing half-done stays behind."""
+    free = type("Usage", (), {"free": 70 * 2**20})
+    monkeypatch.setattr("finetune.data.fill.shutil.disk_usage", lambda path: free)
+    assert encoded(folder, tmp_path / "fits")[0] == 4
+    free.free = 64 * 2**20
+    with pytest.raises(StorageError, match=r"need about [\d,]+ bytes .* 67,108,864 are free"):
+        encoded(folder, tmp_path / "small")
+    assert not list((tmp_path / "small").rglob("*.safetensors"))
+
+
+def test_a_picture_that_changes_while_it_is_prepared_is_refused(folder, tmp_path):
+    """Fault 28: what is encoded is what was scanned, or nothing."""
+    pictures = pictures_in(folder)
+    data = bytearray((folder / "2.png").read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / "2.png").write_bytes(bytes(data))
+    with pytest.raises(DataError, match=r"2\.png .*was changed"):
+        prepared(pictures, tmp_path / "cache")
+
+
+@pytest.fixture
+def masked(folder):
+    """Picture 0 has a mask beside it that is white on the left half; 1 has a black one."""
+    (folder / "masks").mkdir()
+    half = np.zeros((64, 64), dtype=np.uint8)
+    half[:, :32] = 255
+    Image.fromarray(half).save(folder / "masks" / "0.png")
+    return folder
+
+
+def test_a_mask_goes_through_the_same_cut_and_mirror(masked, tmp_path):
+    """A mask that is cut differently from its picture trains on the wrong place without a word."""
+    picture = next(p for p in pictures_in(masked) if p.key == "instance/0.png")
+    masks = MaskCache(tmp_path / "cache", stride=8)
+    views = every_view(picture, Augment(flip=True))
+    assert masks.prepare(views, TWO_AT_ONCE) == 2
+    left, right = (masks.get(view) for view in views)
+    assert left.shape == (1, 8, 8)
+    assert torch.equal(left[..., :3], torch.ones(1, 8, 3)) and torch.equal(left[..., 5:], torch.zeros(1, 8, 3))
+    assert torch.equal(right, left.flip(-1))
+    assert MaskCache(tmp_path / "cache", stride=8).prepare(views, TWO_AT_ONCE) == 0, "cached"
+
+
+def test_a_mask_is_averaged_over_each_latent(masked, tmp_path):
+    """A latent stands for 8 x 8 pixels; half of them masked means half of its loss."""
+    mask = np.zeros((64, 64), dtype=np.uint8)
+    mask[:, :36] = 255
+    Image.fromarray(mask).save(masked / "masks" / "0.png")
+    picture = next(p for p in pictures_in(masked) if p.key == "instance/0.png")
+    masks = MaskCache(tmp_path / "cache", stride=8)
+    masks.prepare([plain(picture)], TWO_AT_ONCE)
+    assert torch.allclose(masks.get(plain(picture))[0, 0], torch.tensor([1.0, 1, 1, 1, 0.5, 0, 0, 0]))
+
+
+def test_transparency_can_be_the_mask(folder, tmp_path):
+    """Cut-outs carry their mask with them; a turned cut-out's mask is turned as well."""
+    colours = Image.open(folder / "2.png").convert("RGBA")
+    alpha = np.zeros((48, 80), dtype=np.uint8)
+    alpha[:, :40] = 255
+    colours.putalpha(Image.fromarray(alpha))
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    colours.save(folder / "2.png", exif=exif)
+    pictures = load_pictures(folder, CUT, Reading(mask="alpha"))[0]
+    masks = MaskCache(tmp_path / "cache", stride=8)
+    masks.prepare([plain(p) for p in pictures], TWO_AT_ONCE)
+    opaque, turned = masks.get(plain(pictures[0])), masks.get(plain(pictures[2]))
+    assert torch.equal(opaque, torch.ones_like(opaque))
+    middle = turned[0, turned.shape[1] // 2]
+    assert middle[0] == 0 and middle[-1] == 1, "the opaque left half is upright on the right"
+
+
+def test_an_empty_mask_is_refused_by_name(masked, tmp_path):
+    """An area-normalised loss over no area at all is 0 / 0."""
+    for name in ("0", "1"):
+        Image.new("L", (64, 64)).save(masked / "masks" / f"{name}.png")
+    views = [plain(p) for p in pictures_in(masked)]
+    with pytest.raises(DataError) as caught:
+        MaskCache(tmp_path / "cache", stride=8).prepare(views, TWO_AT_ONCE)
+    assert "0.png: its mask is black" in str(caught.value) and "1.png: its mask is black" in str(caught.value)
+    MaskCache(tmp_path / "cache", stride=8).prepare(views, TWO_AT_ONCE, may_be_empty=True)
+
+
+def test_an_edited_mask_is_a_new_entry_and_touches_no_latents(masked, tmp_path):
+    """Masks are tuned often; the pictures need not be encoded again for it."""
+    assert encoded(masked, tmp_path / "cache")[0] == 4
+    Image.new("L", (64, 64), 255).save(masked / "masks" / "0.png")
+    assert encoded(masked, tmp_path / "cache")[0] == 0
+    picture = next(p for p in pictures_in(masked) if p.key == "instance/0.png")
+    masks = MaskCache(tmp_path / "cache", stride=8)
+    assert masks.prepare([plain(picture)], TWO_AT_ONCE) == 1
+    assert masks.get(plain(picture)).min() == 1
+
+
+def test_a_view_without_a_mask_counts_everywhere(folder, tmp_path):
+    """Batches carry a mask for all of their pictures or for none."""
+    view: View = plain(pictures_in(folder)[2])
+    height, width = view.placement.bucket
+    assert torch.equal(MaskCache(tmp_path, stride=8).get(view), torch.ones(1, height // 8, width // 8))

@@ -67,3 +67,34 @@ def test_epochs_differ_and_seeds_differ():
     order = [[d.picture for b in Sampler(items, 4, seed).plan_epoch(epoch) for d in b] for seed, epoch in
              [(0, 0), (0, 1), (1, 0)]]  # fmt: skip
     assert order[0] != order[1] and order[0] != order[2]
+
+
+@settings(max_examples=60, deadline=None)
+@given(items=ITEMS, batch_size=st.integers(1, 5), epoch=st.integers(0, 9))
+def test_an_epoch_is_as_long_as_was_counted_without_planning_it(items, batch_size, epoch):
+    """A resumed run finds its place by counting; one batch off would be another training."""
+    sampler = Sampler(items, batch_size, 1)
+    assert sampler._length(epoch) == len(sampler.plan_epoch(epoch))
+
+
+def test_every_beginning_of_an_epoch_holds_both_in_proportion():
+    """Exact interleaving: after n draws of a bucket the class is never more than one picture ahead or behind."""
+    items = [Item((64, 64), 3, False)] * 5 + [Item((64, 64), 1, True)] * 7
+    sampler = Sampler(items, 1, 0)
+    whole = Sampler(items, 30, 0).plan_epoch(2)[0]
+    assert len(whole) == 30 and len(sampler.plan_epoch(2)) == 30
+    seen = 0
+    for place, draw in enumerate(whole, start=1):
+        seen += items[draw.picture].is_class
+        assert abs(seen - place / 2) <= 1
+
+
+def test_a_million_pictures_plan_an_epoch_from_a_few_arrays():
+    """Memory is that of the arrays, whatever the epoch; draws are made when a batch is asked for."""
+    items = [Item(BUCKETS[i % 3], 1, False) for i in range(1_000_000)]
+    sampler = Sampler(items, 8, 0)
+    first, later = sampler.plan_epoch(0), sampler.plan_epoch(7)
+    assert len(first) == len(later) == sum(-(-n // 8) for n in (333_334, 333_333, 333_333))
+    assert first[5] != later[5] and len(first[5]) == 8
+    held = [value for value in vars(later).values() if hasattr(value, "nbytes")]
+    assert sum(value.nbytes for value in held) < 20_000_000

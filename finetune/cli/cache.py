@@ -1,0 +1,42 @@
+"""Command that looks after encoded pictures and captions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import finetune
+from finetune.cli.app import app
+from finetune.console import ConsoleReporter
+from finetune.errors import ConfigError, DataError
+
+
+@app.command()
+def cache(
+    folder: Annotated[Path, typer.Argument(help="A run folder, or a cache that runs share (data.cache_folder).")],
+    check: Annotated[
+        bool, typer.Option("--check", help="Compare every entry with its checksum; exit code 3 if one is damaged.")
+    ] = False,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Remove damaged, half-written and outdated files, and those --unused names.")
+    ] = False,
+    unused: Annotated[
+        float | None, typer.Option(metavar="DAYS", min=0, help="Also name shards that no run has used for these days.")
+    ] = None,
+) -> None:  # fmt: skip
+    """Show what is in a cache of encoded pictures, masks and captions; nothing is deleted unless --prune asks."""
+    if prune and check:
+        raise ConfigError("--check looks and --prune removes; give one of them (--prune checks as well).")
+    reporter = ConsoleReporter()
+    found = finetune.inspect_cache(folder, reporter, read=check or prune, unused_days=unused)
+    damaged = found.damaged
+    if prune:
+        found = finetune.prune_cache(found)
+    reporter.table(f"Cache in {found.folder}", found.rows())
+    if check and damaged:
+        raise DataError(
+            f"{len(damaged)} shards are damaged; no run reads them, and what was in them is encoded again.",
+            [*(str(path) for path in damaged[:20]), f"`finetune cache {folder} --prune` removes them"],
+        )

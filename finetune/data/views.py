@@ -1,0 +1,92 @@
+"""The ways in which a picture is shown: cut in the middle or elsewhere, in other colours, mirrored.
+
+With frozen encoders every view is encoded once, so their number is bounded: version 0 is the picture cut in the middle
+(or around its focus) in its own colours, and `versions - 1` others are drawn from the picture's content. Each draw of
+the training picks one version and a side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from random import Random
+
+from data_tools.buckets import Placement, move, slack
+from finetune.data.dataset import Picture
+from finetune.rng import python_rng
+
+Jitter = tuple[float, float, float]
+"""Factors of brightness, contrast and saturation; 1 changes nothing."""
+
+
+@dataclass(frozen=True)
+class Augment:
+    """What may differ from draw to draw.
+
+    Attributes:
+        flip: mirror every other draw, left to right.
+        random_crop: cut the bucket out anywhere in the resized picture.
+        color_jitter: largest change of brightness, contrast and saturation, as a share of 1.
+        versions: of each picture, the plain one included, when one of the two above is on.
+    """
+
+    flip: bool = False
+    random_crop: bool = False
+    color_jitter: float = 0.0
+    versions: int = 1
+
+    def count(self) -> int:
+        """Versions of each picture; 1 where nothing but the side varies."""
+        return self.versions if self.random_crop or self.color_jitter > 0 else 1
+
+
+UNCHANGED = Augment()
+"""Every draw shows the same."""
+
+
+@dataclass(frozen=True)
+class View:
+    """One picture shown in one way."""
+
+    picture: Picture
+    placement: Placement
+    mirrored: bool = False
+    jitter: Jitter | None = None
+
+    @property
+    def crop_top_left(self) -> tuple[int, int]:
+        """(top, left) of the cut, pixels of the resized picture, as SDXL is told it: mirrored where the view is."""
+        top, left = self.placement.crop_top_left
+        if self.mirrored:
+            left = self.placement.resize[1] - left - self.placement.bucket[1]
+        return top, left
+
+
+def plain(picture: Picture) -> View:
+    """The picture as it is validated."""
+    return View(picture, picture.placement)
+
+
+def every_view(picture: Picture, augment: Augment) -> list[View]:
+    """All views that `draw_view` may pick, the plain one first, each once."""
+    if augment.count() == 1 and not augment.flip:
+        return [plain(picture)]
+    versions = [_version(picture, augment, number) for number in range(augment.count())]
+    sides = (False, True) if augment.flip else (False,)
+    return list(dict.fromkeys(replace(view, mirrored=side) for view in versions for side in sides))
+
+
+def draw_view(picture: Picture, augment: Augment, version: Random, side: Random) -> View:
+    """One version, on one side."""
+    number = version.randrange(augment.count()) if augment.count() > 1 else 0
+    return replace(_version(picture, augment, number), mirrored=augment.flip and side.random() < 0.5)
+
+
+def _version(picture: Picture, augment: Augment, number: int) -> View:
+    if number == 0:
+        return plain(picture)
+    # keep: keyed by content and not by the run's seed, so that runs share what was encoded.
+    chance = python_rng(0, "version", picture.sha256, number)
+    across, down, *colours = (chance.random() for _ in range(5))
+    placement = move(picture.placement, slack(across, down)) if augment.random_crop else picture.placement
+    brightness, contrast, saturation = (1 + augment.color_jitter * (2 * share - 1) for share in colours)
+    return View(picture, placement, jitter=(brightness, contrast, saturation) if augment.color_jitter > 0 else None)
