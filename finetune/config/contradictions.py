@@ -16,11 +16,14 @@ def has_word(text: str, word: str) -> bool:
 
 
 def warm_up(run: Run) -> list[str]:
-    """The learning rate must reach its value."""
-    if run.optimizer.warmup_steps < run.train.steps:
+    """The learning rate must reach its value, and warm-up has one length."""
+    steps, share = run.optimizer.warmup_steps, run.optimizer.warmup_share
+    if steps and share:
+        return [f"optimizer.warmup_steps={steps} and optimizer.warmup_share={share:g} are both given; keep one"]
+    if steps < run.train.steps:
         return []
     return [
-        f"optimizer.warmup_steps={run.optimizer.warmup_steps} is not below train.steps={run.train.steps}, so the "
+        f"optimizer.warmup_steps={steps} is not below train.steps={run.train.steps}, so the "
         "learning rate would never reach its value; lower warmup_steps or raise steps"
     ]
 
@@ -67,13 +70,125 @@ def export_name(run: Run) -> list[str]:
 def betas(run: Run) -> list[str]:
     """Running means need a decay below one."""
     return [
-        f"optimizer.betas holds {beta}, but both must lie in [0, 1); 0.9,0.999 is usual"
-        for beta in run.optimizer.betas
+        f"optimizer.betas holds {beta}, but all must lie in [0, 1); 0.9,0.999 is usual"
+        for beta in run.optimizer.betas or ()
         if not 0 <= beta < 1
     ]
 
 
-CHECKS: tuple[Callable[[Run], list[str]], ...] = (warm_up, template, trigger, export_name, betas)
+def one_prior(run: Run) -> list[str]:
+    """The class is kept by its pictures or by the teacher."""
+    teacher, word = run.objective.teacher, run.data.trigger
+    if teacher is None:
+        return []
+    problems = [
+        f"objective.teacher.prompts has {prompt!r}, which contains the trigger {word!r}: the subject would be taught "
+        "and untaught in one step; take the trigger out of the class prompt"
+        for prompt in teacher.prompts
+        if word and has_word(prompt, word)
+    ]
+    if run.data.prior:
+        problems.append(
+            "data.prior and objective.teacher both keep the class; choose one: class pictures (data.prior) or the base "
+            "as teacher (objective.teacher)"
+        )
+    return problems
+
+
+def step_size(run: Run) -> list[str]:
+    """Optimizers that choose the step size or the curve themselves must be let."""
+    name, rate, schedule = run.optimizer.name, run.optimizer.learning_rate, run.optimizer.schedule
+    problems = []
+    if name == "prodigy" and rate < SMALLEST_PRODIGY_RATE:
+        problems.append(
+            f"optimizer.learning_rate={rate:g} with prodigy, which finds the step size itself and multiplies it by "
+            "this, would hardly move; use 1"
+        )
+    if name == "schedulefree_adamw" and schedule != "constant":
+        problems.append(
+            f"optimizer.schedule={schedule} with schedulefree_adamw, whose running mean takes the place of a curve; "
+            "use optimizer.schedule=constant"
+        )
+    if name == "schedulefree_adamw" and run.train.ema_decay:
+        problems.append(
+            "train.ema_decay with schedulefree_adamw, which keeps a running mean itself; use train.ema_decay=null"
+        )
+    return problems
+
+
+SMALLEST_PRODIGY_RATE = 0.05
+"""Below this somebody has taken an AdamW rate along."""
+
+
+def best_needs_validation(run: Run) -> list[str]:
+    """The best checkpoint, and stopping early, need something to judge by."""
+    asked = [("checkpoint.keep_best=true", run.checkpoint.keep_best), ("validation.patience", run.validation.patience)]
+    return [
+        f"{name} needs validation, and validation.every=0 turns it off; set validation.every"
+        for name, wanted in asked
+        if wanted and not run.validation.every
+    ]
+
+
+def one_validation(run: Run) -> list[str]:
+    """Validation pictures are set aside, or come from a folder of their own."""
+    folder, holdout = run.validation.folder, run.validation.holdout
+    if folder is None or not holdout:
+        return []
+    return [
+        f"validation.folder={folder} and validation.holdout={holdout} both say what to validate on; set holdout=0, or "
+        "drop the folder"
+    ]
+
+
+def kept_tags(run: Run) -> list[str]:
+    """Tags are kept from something."""
+    data = run.data
+    if not data.keep_tokens or data.shuffle_caption or data.tag_dropout:
+        return []
+    return [
+        f"data.keep_tokens={data.keep_tokens} keeps tags from being shuffled or dropped, and neither is on; set "
+        "data.shuffle_caption=true or data.tag_dropout, or keep_tokens=0"
+    ]
+
+
+def something_is_trained(run: Run) -> list[str]:
+    """A run without anything to train would only warm the room."""
+    if run.adapter is not None or run.trains_text():
+        return []
+    return [
+        "adapter, text_encoder_adapter and tokens are all null, so nothing would be trained; set adapter={} for an "
+        'adapter, or tokens={words: {"<my-word>": "toy"}} to learn a word'
+    ]
+
+
+def words_stand_in_captions(run: Run) -> list[str]:
+    """A learned word must be in the template, and in no picture of the ordinary class."""
+    if run.tokens is None:
+        return []
+    sentence = run.data.caption_template
+    problems = [
+        f"tokens.words has {word}, which does not stand in data.caption_template={sentence!r}, so nothing would teach "
+        "it; put it into the template"
+        for word in run.tokens.words
+        if sentence and word not in sentence
+    ]
+    prior = [("data.prior.prompts", run.data.prior.prompts)] if run.data.prior else []
+    teacher = [("objective.teacher.prompts", run.objective.teacher.prompts)] if run.objective.teacher else []
+    return problems + [
+        f"{field} has {prompt!r} with the learned word {word}: it would learn the ordinary class; take it out there"
+        for field, prompts in (*prior, *teacher)
+        for prompt in prompts
+        for word in run.tokens.words
+        if word in prompt
+    ]
+
+
+CHECKS: tuple[Callable[[Run], list[str]], ...] = (
+    warm_up, template, trigger, export_name, betas, one_prior, step_size, best_needs_validation,
+    one_validation, kept_tags,
+    something_is_trained, words_stand_in_captions,
+)  # fmt: skip
 
 
 def contradictions(run: Run) -> list[str]:

@@ -2,29 +2,66 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from finetune.config.section import Section
+
+OptimizerName = Literal[
+    "adamw", "adamw8bit", "paged_adamw8bit", "lion8bit", "ademamix8bit", "adafactor", "prodigy",
+    "schedulefree_adamw", "came",
+]  # fmt: skip
+IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+"""package.module.Class"""
+
+
+def _known_or_path(value: Any) -> Any:
+    """A name of the table or an import path; one message for what is neither."""
+    known = get_args(OptimizerName)
+    if isinstance(value, str) and (value in known or IMPORT_PATH.fullmatch(value)):
+        return value
+    near = get_close_matches(str(value), known, n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    raise ValueError(
+        f"there is no such optimizer{hint}; choose one of {', '.join(known)}, or name any optimizer class as "
+        "package.module.Class"
+    )
 
 
 class OptimizerConfig(Section):
     """How the trained parameters move."""
 
-    name: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw8bit"
-    """adamw8bit keeps its state in a quarter of the memory (bitsandbytes); adamw is torch's own."""
-    learning_rate: float = Field(default=1e-4, gt=0, lt=1)
-    """Step size after warm-up. LoRA: 5e-5 to 5e-4."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the running means of the gradient and of its square."""
+    name: Annotated[OptimizerName | str, BeforeValidator(_known_or_path)] = "adamw8bit"
+    """adamw8bit keeps its state in a quarter of the memory (bitsandbytes); adamw is torch's own. prodigy finds the step
+    size itself, schedulefree_adamw needs no curve. Any other class by import path, e.g. torch.optim.RAdam."""
+    learning_rate: float = Field(default=1e-4, gt=0, le=10)
+    """Step size after warm-up. LoRA: 5e-5 to 5e-4; a third to a tenth of that with lion8bit; 1 with prodigy."""
+    betas: tuple[float, ...] | None = Field(default=None, min_length=1, max_length=3)
+    """Decay of the running means of the gradient and of its square. None: the optimizer's own, 0.9,0.999 for AdamW."""
     weight_decay: float = Field(default=1e-2, ge=0)
     """Decoupled weight decay, per step and unit of learning rate."""
-    eps: float = Field(default=1e-8, gt=0)
-    """Keeps the division by the gradient's size finite."""
-    schedule: Literal["constant", "cosine", "linear"] = "cosine"
-    """The learning rate after warm-up, as a function of the step alone."""
+    eps: float | None = Field(default=None, gt=0)
+    """Keeps the division by the gradient's size finite. None: the optimizer's own, 1e-8 for AdamW."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of the optimizer under its own names, e.g. {d_coef: 0.5} for prodigy."""
+    schedule: Literal[
+        "constant", "linear", "cosine", "cosine_restarts", "polynomial", "wsd", "rex"
+    ] = "cosine"  # fmt: skip
+    """The learning rate after warm-up, as a function of the step alone. wsd: constant, then a decay at the end."""
     warmup_steps: int = Field(default=0, ge=0)
     """Optimizer steps over which the learning rate rises from zero."""
+    warmup_share: float = Field(default=0.0, ge=0, lt=1)
+    """The same as a share of train.steps, rounded down."""
+    schedule_cycles: int = Field(default=3, ge=1)
+    """cosine_restarts: how often it falls from full rate to the end."""
+    schedule_power: float = Field(default=2.0, gt=0)
+    """polynomial: the power; 1 is linear."""
+    schedule_decay: float = Field(default=0.2, gt=0, le=1)
+    """wsd: share of the steps after warm-up in which it falls."""
+    schedule_floor: float = Field(default=0.0, ge=0, lt=1)
+    """Where falling curves end, as a share of the learning rate."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients longer than this, over all parameters together, are scaled down to it."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, model_validator
 
-from finetune.config.adapter import AdapterConfig
+from finetune.config.adapter import AdapterConfig, TextAdapterConfig
 from finetune.config.contradictions import contradictions
 from finetune.config.data import DataConfig
 from finetune.config.export import ExportConfig
@@ -18,6 +18,7 @@ from finetune.config.model import ModelConfig
 from finetune.config.objective import ObjectiveConfig
 from finetune.config.optimizer import OptimizerConfig
 from finetune.config.section import Section
+from finetune.config.tokens import TokensConfig
 from finetune.config.train import CheckpointConfig, SamplesConfig, TrainConfig, ValidationConfig
 
 
@@ -26,9 +27,12 @@ class Run(Section):
 
     model: ModelConfig
     data: DataConfig
-    adapter: AdapterConfig = AdapterConfig()
-    text_encoder_adapter: AdapterConfig | None = None
+    adapter: AdapterConfig | None = AdapterConfig()
+    """Adapter of the denoiser. None: it stays as it is, and words or text encoders alone are trained."""
+    text_encoder_adapter: TextAdapterConfig | None = None
     """Adapter of the text encoders. None: they stay frozen and captions are encoded once."""
+    tokens: TokensConfig | None = None
+    """Learned words (textual inversion; with an adapter: pivotal tuning). None: no word is learned."""
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
@@ -46,6 +50,15 @@ class Run(Section):
             raise ValueError("\n".join(problems))
         return self
 
+    def trains_text(self) -> bool:
+        """Whether captions must be encoded in every step, because what encodes them is trained."""
+        return self.text_encoder_adapter is not None or self.tokens is not None
+
+    def trigger_words(self) -> tuple[str, ...]:
+        """What to write in a prompt to call what was learned."""
+        trigger = (self.data.trigger,) if self.data.trigger else ()
+        return tuple(dict.fromkeys([*trigger, *(self.tokens.words if self.tokens else ())]))
+
     def export_name(self) -> str:
         """What the exported adapter is called."""
         folder = re.sub(r"[^A-Za-z0-9_-]+", "-", self.output_dir.resolve().name).strip("-_")
@@ -58,7 +71,9 @@ class Run(Section):
 
 
 FREE_TO_CHANGE = (
-    "output_dir", "checkpoint.", "samples.", "export.", "validation.every", "train.log_every", "train.trackers",
+    "output_dir", "checkpoint.", "samples.", "export.", "validation.every", "validation.patience",
+    "validation.min_improvement", "train.log_every", "train.trackers", "train.max_hours", "train.on_spike",
+    "train.spike_deviations", "train.tolerate_nonfinite",
     "data.cache_folder", "data.prior.batch_size", "data.folder", "data.prior.folder", "model.base", "model.revision",
     "model.variant",
 )  # fmt: skip
@@ -87,6 +102,7 @@ def differences(old: Run, new: Run) -> list[str]:
     """What would change the training if a run made with `old` went on with `new`, one line per field."""
     before, after = flatten(old), flatten(new)
     changed = [k for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k) and not is_free(k)]
-    if old.optimizer.schedule == "constant" and "train.steps" in changed:
+    shares = [section.train_share for section in (old.text_encoder_adapter, old.tokens) if section is not None]
+    if old.optimizer.schedule == "constant" and "train.steps" in changed and all(share == 1 for share in shares):
         changed.remove("train.steps")
     return [f"{key} was {before.get(key)!r} and is now {after.get(key)!r}" for key in changed]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -22,8 +23,20 @@ class TrainConfig(Section):
     """Recompute activations in the backward pass: much less memory, about a third more time."""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """Keep a running mean of the trained parameters and export that. 0.99 to 0.9999; None turns it off."""
+    ema_power: float | None = Field(default=None, gt=0, le=1)
+    """How fast the running mean warms up: the decay of step n is at most 1 - n^-power; 0.75 suits short runs, 0.67 long
+    ones. None: at most n / (n + 9)."""
     seed: int = Field(default=0, ge=0)
     """Every draw of the run follows from it."""
+    max_hours: float | None = Field(default=None, gt=0)
+    """Stop, save and exit with code 75 after so many hours since the start, loading included; the same command goes on.
+    For Colab and spot machines. None: no limit."""
+    on_spike: Literal["warn", "stop", "ignore"] = "warn"
+    """When a picture's loss is far above what is usual at its noise level: name it, or stop as well."""
+    spike_deviations: float = Field(default=8.0, gt=0)
+    """How far that is, in robust standard deviations of the logarithm of the loss."""
+    tolerate_nonfinite: int = Field(default=0, ge=0)
+    """Steps with a loss or gradient that is not finite before the run stops; the gradient of each counts as zero."""
     log_every: int = Field(default=10, ge=1)
     """Optimizer steps between two lines in metrics.jsonl."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
@@ -36,9 +49,16 @@ class ValidationConfig(Section):
     every: int = Field(default=100, ge=0)
     """Optimizer steps between validations; 0 turns validation off."""
     holdout: int = Field(default=0, ge=0)
-    """Subject pictures set aside and never trained on. 0: a fixed probe of the training pictures."""
+    """Subject pictures set aside and never trained on, near copies together. 0: a fixed probe of the training ones."""
+    folder: Path | None = None
+    """Folder of pictures that are only validated on, captioned like the training ones. None: see holdout."""
     quantiles: int = Field(default=8, ge=1)
     """Noise levels per picture, spread evenly over the range."""
+    patience: int = Field(default=0, ge=0)
+    """Stop early after so many validations without a better one; 0: never. The best is exported with
+    `finetune export RUN --checkpoint best` if checkpoint.keep_best is on."""
+    min_improvement: float = Field(default=0.0, ge=0)
+    """How much lower the ratio must be to count as better."""
 
 
 class SamplesConfig(Section):
@@ -65,3 +85,7 @@ class CheckpointConfig(Section):
     """Optimizer steps between checkpoints; the last step always gets one."""
     keep: int = Field(default=2, ge=1)
     """How many of the newest checkpoints stay. An old one goes only after the new one is safe on disk."""
+    keep_every: int = Field(default=0, ge=0)
+    """Checkpoints at multiples of this many steps stay for good; 0: none."""
+    keep_best: bool = False
+    """The checkpoint with the lowest validation ratio so far stays as well; one is written at each new best."""

@@ -14,13 +14,27 @@ from torch import Tensor
 
 from finetune.errors import ConfigError, nearest
 
-from .losses import LOSSES, mean_per_picture
+from .losses import DELTA_SCHEDULES, LOSSES, WITH_DELTA, mean_per_picture
+from .noise import WHITE, NoiseShape, draw_noise, perturbed
 from .predictions import PREDICTIONS
 from .schedules import Schedule, from_config, is_flow
-from .timesteps import DENSITIES, MODE_SCALE_RANGE, DensityParameters
-from .weightings import WEIGHTINGS
+from .timesteps import DENSITIES, MODE_SCALE_RANGE, DensityParameters, shifted, squeezed
+from .weightings import WEIGHTINGS, WeightParameters
 
-__all__ = ["DENSITIES", "LOSSES", "PREDICTIONS", "WEIGHTINGS", "Objective", "Schedule", "build_objective"]
+__all__ = [
+    "DELTA_SCHEDULES",
+    "DENSITIES",
+    "LOSSES",
+    "PREDICTIONS",
+    "WEIGHTINGS",
+    "WHITE",
+    "NoiseShape",
+    "Objective",
+    "Schedule",
+    "build_objective",
+    "draw_noise",
+    "perturbed",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,22 +44,33 @@ class Objective:
     Attributes:
         prediction: a name in PREDICTIONS.
         density: a name in DENSITIES; `density_parameters` shapes it.
-        weighting: a name in WEIGHTINGS; min_snr reads `snr_gamma`, on the scale of the signal-to-noise ratio.
-        loss_name: a name in LOSSES; huber and smooth_l1 read `huber_delta`, in units of the prediction.
+        density_shift: pushes the density towards noise (above 1) or clean pictures, besides the schedule's own shift.
+        noise_range: the part of the noise levels that is trained, as shares of T; 0 is clean.
+        weighting: a name in WEIGHTINGS; `weight_parameters` shapes it.
+        loss_name: a name in LOSSES; those in WITH_DELTA read `huber_delta`, in units of the prediction.
+        huber_schedule: a name in DELTA_SCHEDULES: how that delta follows the noise level.
     """
 
     schedule: Schedule
     prediction: str = "epsilon"
     density: str = "uniform"
     density_parameters: DensityParameters = field(default_factory=DensityParameters)
+    density_shift: float = 1.0
+    noise_range: tuple[float, float] = (0.0, 1.0)
     weighting: str = "none"
-    snr_gamma: float = 5.0
+    weight_parameters: WeightParameters = field(default_factory=WeightParameters)
     loss_name: str = "mse"
     huber_delta: float = 0.1
+    huber_schedule: str = "constant"
 
     def timesteps(self, u: Tensor) -> Tensor:
         """Timesteps for quantiles of shape (B,), in (0, 1): int64 for ddpm, float32 for flow."""
-        return self.schedule.timesteps(DENSITIES[self.density](u, self.density_parameters))
+        s = DENSITIES[self.density](u, self.density_parameters)
+        if self.density_shift != 1:
+            s = shifted(s, self.density_shift)
+        if self.noise_range != (0, 1):
+            s = squeezed(s, self.noise_range)
+        return self.schedule.timesteps(s)
 
     def add_noise(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t = alpha * x_0 + sigma * noise in float32; latents of shape (B, ...), timesteps of shape (B,).
@@ -65,19 +90,29 @@ class Objective:
         """The weight of the prediction's own error at each timestep; shape (B,), float32."""
         alpha, sigma = self.schedule.alpha_sigma(timesteps)
         x0_gain = PREDICTIONS[self.prediction].x0_gain(alpha, sigma)
-        return WEIGHTINGS[self.weighting].weight(alpha, sigma, x0_gain, self.snr_gamma)
+        return WEIGHTINGS[self.weighting].weight(alpha, sigma, x0_gain, self.weight_parameters)
 
     def loss(
         self, prediction: Tensor, x0: Tensor, noise: Tensor, timesteps: Tensor, mask: Tensor | None = None
     ) -> Tensor:
         """Weighted loss per picture, shape (B,), float32; `mask` as in `losses.mean_per_picture`."""
-        target = self.target(x0.float(), noise.float(), timesteps)
-        errors = LOSSES[self.loss_name](prediction.float(), target, self.huber_delta)
+        return self.distance(prediction, self.target(x0.float(), noise.float(), timesteps), timesteps, mask)
+
+    def distance(self, prediction: Tensor, target: Tensor, timesteps: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`loss` against any target, such as another model's prediction; shape (B,), float32."""
+        errors = LOSSES[self.loss_name](prediction.float(), target, self._delta(timesteps, prediction.ndim))
         return mean_per_picture(errors, mask) * self.weight(timesteps)
 
     def to(self, device: torch.device | str) -> Objective:
         """The same objective with its tables on `device`."""
         return replace(self, schedule=self.schedule.to(device))
+
+    def _delta(self, timesteps: Tensor, dimensions: int) -> float | Tensor:
+        if self.huber_schedule == "constant":
+            return self.huber_delta
+        share = timesteps.float() / self.schedule.num_timesteps
+        delta = DELTA_SCHEDULES[self.huber_schedule](*self.schedule.alpha_sigma(timesteps), share, self.huber_delta)
+        return delta.view((-1,) + (1,) * (dimensions - 1))
 
     def _broadcast(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         alpha, sigma = self.schedule.alpha_sigma(timesteps)
@@ -93,10 +128,18 @@ def build_objective(  # noqa: PLR0913 - one keyword per field of the objective s
     density_mean: float = 0.0,
     density_std: float = 1.0,
     density_scale: float = 1.29,
+    density_alpha: float = 0.6,
+    density_beta: float = 0.6,
+    density_shift: float = 1.0,
+    noise_range: tuple[float, float] = (0.0, 1.0),
     weighting: str = "none",
     snr_gamma: float = 5.0,
+    p2_gamma: float = 1.0,
+    p2_k: float = 1.0,
     loss: str = "mse",
     huber_delta: float = 0.1,
+    huber_schedule: str = "constant",
+    noise: NoiseShape = WHITE,
 ) -> Objective:
     """Join the base model's noise schedule with what the run asks for.
 
@@ -104,6 +147,7 @@ def build_objective(  # noqa: PLR0913 - one keyword per field of the objective s
         scheduler_config: the base's own `scheduler_config.json`. Without `prediction_type` it means epsilon,
             as in diffusers.
         prediction: None takes the base's own.
+        noise: what the training's noise looks like; only judged here, it is drawn with the batch.
 
     Raises:
         ConfigError: on unknown names, numbers out of range and combinations that contradict each other; all
@@ -115,13 +159,17 @@ def build_objective(  # noqa: PLR0913 - one keyword per field of the objective s
         schedule=schedule,
         prediction=trained if prediction is None else prediction,
         density=density,
-        density_parameters=DensityParameters(density_mean, density_std, density_scale),
+        density_parameters=DensityParameters(density_mean, density_std, density_scale, density_alpha, density_beta),
+        density_shift=density_shift,
+        noise_range=noise_range,
         weighting=weighting,
-        snr_gamma=snr_gamma,
+        weight_parameters=WeightParameters(snr_gamma, p2_gamma, p2_k),
         loss_name=loss,
         huber_delta=huber_delta,
+        huber_schedule=huber_schedule,
     )
     problems = [problem for check in CHECKS for problem in check(objective, trained)]
+    problems += _noise_contradictions(objective, noise)
     if problems:
         raise ConfigError("The objective cannot be trained:", problems)
     return objective
@@ -133,6 +181,7 @@ def _unknown_names(objective: Objective, trained: str) -> Iterable[str]:
         ("density", objective.density, DENSITIES),
         ("weighting", objective.weighting, WEIGHTINGS),
         ("loss", objective.loss_name, LOSSES),
+        ("huber_schedule", objective.huber_schedule, DELTA_SCHEDULES),
     ]
     for option, name, table in named:
         if name not in table:
@@ -141,11 +190,23 @@ def _unknown_names(objective: Objective, trained: str) -> Iterable[str]:
 
 def _numbers_out_of_range(objective: Objective, trained: str) -> Iterable[str]:
     # "not x > 0" also catches NaN.
-    shape = objective.density_parameters
-    if objective.weighting == "min_snr" and not objective.snr_gamma > 0:
-        yield f"objective.snr_gamma is {objective.snr_gamma}, so no picture would count; the paper uses 5."
-    if objective.loss_name in ("huber", "smooth_l1") and not objective.huber_delta > 0:
+    shape, weights = objective.density_parameters, objective.weight_parameters
+    if objective.weighting in ("min_snr", "soft_min_snr") and not weights.snr_gamma > 0:
+        yield f"objective.snr_gamma is {weights.snr_gamma}, so no picture would count; the paper uses 5."
+    if objective.weighting == "p2" and not (weights.p2_gamma >= 0 and weights.p2_k > 0):
+        yield (
+            f"objective.p2_gamma is {weights.p2_gamma} and p2_k is {weights.p2_k}; the first must not be negative, the "
+            "second must be positive; the paper uses 1 and 1."
+        )
+    if objective.loss_name in WITH_DELTA and not objective.huber_delta > 0:
         yield f"objective.huber_delta is {objective.huber_delta}, but it is a distance; 0.1 is usual."
+    if objective.density == "beta" and not (shape.alpha >= 0.5 and shape.beta >= 0.5):
+        yield f"objective.density_alpha, density_beta are {shape.alpha}, {shape.beta}; use 0.5 or more, 0.6 is usual."
+    if not objective.density_shift > 0:
+        yield f"objective.density_shift is {objective.density_shift}, but it is a factor; 1 changes nothing."
+    first, last = objective.noise_range
+    if not 0 <= first < last <= 1:
+        yield f"objective.noise_range is {first} to {last}; give two shares of the schedule, e.g. 0.2 and 0.8."
     if objective.density == "logit_normal" and not shape.std > 0:
         yield f"objective.density_std is {shape.std}, but it is a width; 1 is usual."
     low, high = MODE_SCALE_RANGE
@@ -179,13 +240,33 @@ def _contradictions(objective: Objective, trained: str) -> Iterable[str]:
         yield (
             f"objective.weighting is {objective.weighting!r}, which is defined on a "
             f"{' or '.join(weighting.schedules)} schedule, but the base model has a {kind} schedule; "
-            "use none or min_snr."
+            "use one of " + ", ".join(name for name, other in WEIGHTINGS.items() if kind in other.schedules) + "."
         )
     if objective.density == "cosmap" and objective.weighting == "cosmap":
         yield (
             "objective.density and objective.weighting are both 'cosmap', so the same curve would count "
             "twice; set objective.weighting=none."
         )
+    if objective.huber_schedule != "constant" and objective.loss_name not in WITH_DELTA:
+        yield (
+            f"objective.huber_schedule is {objective.huber_schedule!r}, but objective.loss={objective.loss_name} has "
+            f"no delta to schedule; set objective.loss to one of {', '.join(WITH_DELTA)}."
+        )
+
+
+def _noise_contradictions(objective: Objective, noise: NoiseShape) -> Iterable[str]:
+    if noise.offset and noise.pyramid:
+        yield (
+            "objective.noise_offset and objective.pyramid_noise are both on, and both add low frequencies to the "
+            "noise; keep one."
+        )
+    named = [("noise_offset", noise.offset), ("pyramid_noise", noise.pyramid)]
+    for name, value in named:
+        if value and objective.schedule.zero_terminal_snr:
+            yield (
+                f"objective.{name} is {value:g}, but the base's schedule ends in pure noise, so it learns brightness "
+                "without; noise of another kind would be one that sampling never starts from; set it to 0."
+            )
 
 
 CHECKS: tuple[Callable[[Objective, str], Iterable[str]], ...] = (

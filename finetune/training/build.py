@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import os
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -17,7 +19,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from finetune.config import Run
 from finetune.errors import ConfigError
 from finetune.families import Components
-from finetune.objectives import Objective, build_objective
+from finetune.objectives import NoiseShape, Objective, build_objective
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Names of number formats in configurations."""
@@ -25,18 +27,19 @@ _AUTOCAST = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
 def build_accelerator(dtype: str, output_dir: Path, trackers: Sequence[str]) -> tuple[Accelerator, str]:
-    """The accelerator for a run, and the number format that "auto" came to."""
+    """The accelerator for a run, and the number format that "auto" came to.
+
+    Raises:
+        ConfigError: for a launcher, number format or tracker that cannot be used; all at once.
+    """
     # keep: accelerate keeps its state for the whole process; a second run may need another precision.
     AcceleratorState._reset_state()
-    resolved = _auto_dtype() if dtype == "auto" else dtype
+    resolved = auto_dtype() if dtype == "auto" else dtype
+    problems = [*_launcher_problems(), *_tracker_problems(trackers)]
     if resolved == "fp16" and not torch.cuda.is_available():
-        raise ConfigError("model.dtype=fp16 needs a GPU: a CPU computes fp16 too coarsely to train; use fp32 or bf16.")
-    missing = [name for name in trackers if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            f"train.trackers names {', '.join(missing)}, which is not installed; install it (pip install "
-            f"{' '.join(missing)}) or take it out: metrics.jsonl is always written."
-        )
+        problems.append("model.dtype=fp16 needs a GPU: a CPU computes fp16 too coarsely to train; use fp32 or bf16.")
+    if problems:
+        raise ConfigError("The run cannot start:", problems)
     accelerator = Accelerator(
         mixed_precision=_AUTOCAST[resolved],
         log_with=list(trackers) or None,
@@ -47,11 +50,46 @@ def build_accelerator(dtype: str, output_dir: Path, trackers: Sequence[str]) -> 
     return accelerator, resolved
 
 
-def _auto_dtype() -> str:
+SHARDING = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
+"""What `accelerate launch` sets for ways of training that are refused."""
+
+
+def _launcher_problems() -> list[str]:
+    asked = [name for variable, name in SHARDING.items() if os.environ.get(variable, "").lower() in ("1", "true")]
+    return [
+        f"accelerate was configured for {name}, which splits every weight over the processes under names of its own, "
+        "so that a checkpoint could not be resumed to the bit or by another number of processes. What is trained here "
+        "is small and fits beside the base on every GPU: run `accelerate launch --multi_gpu ...` (DDP), and lower "
+        "memory with train.gradient_checkpointing or an 8-bit optimizer."
+        for name in asked
+    ]
+
+
+def _tracker_problems(trackers: Sequence[str]) -> list[str]:
+    missing = [name for name in trackers if importlib.util.find_spec(name) is None]
+    if not missing:
+        return []
+    return [
+        f"train.trackers names {', '.join(missing)}, which is not installed; install it (pip install "
+        f"{' '.join(missing)}) or take it out: metrics.jsonl is always written."
+    ]
+
+
+def auto_dtype() -> str:
     if not torch.cuda.is_available():
         return "fp32"
     # keep: without including_emulation=False a T4 claims bf16 and runs it in slow emulation.
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def noise_shape(run: Run) -> NoiseShape:
+    """What the training's noise looks like."""
+    asked = run.objective
+    return NoiseShape(asked.noise_offset, asked.pyramid_noise, asked.input_perturbation)
 
 
 def build_run_objective(run: Run, components: Components) -> Objective:
@@ -64,13 +102,30 @@ def build_run_objective(run: Run, components: Components) -> Objective:
         density_mean=asked.density_mean,
         density_std=asked.density_std,
         density_scale=asked.density_scale,
+        density_alpha=asked.density_alpha,
+        density_beta=asked.density_beta,
+        density_shift=asked.density_shift,
+        noise_range=asked.noise_range,
         weighting=asked.weighting,
         snr_gamma=asked.snr_gamma,
+        p2_gamma=asked.p2_gamma,
+        p2_k=asked.p2_k,
         loss=asked.loss,
         huber_delta=asked.huber_delta,
+        huber_schedule=asked.huber_schedule,
+        noise=noise_shape(run),
     )
 
 
 def schedule_digest(components: Components) -> str:
     """One digest over the base's noise schedule: another prediction type is another objective."""
     return hashlib.sha256(json.dumps(components.scheduler_config, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def numerics(device: torch.device) -> dict[str, Any]:
+    """What decides the last bits of a sum: a run goes on to the bit where this is the same."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{device.type}, {torch.backends.cpu.get_cpu_capability()}"
+    return {"torch": torch.__version__, "device": name, "threads": torch.get_num_threads()}

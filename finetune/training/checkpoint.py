@@ -1,12 +1,11 @@
-"""Checkpoints that survive being killed: written beside, proved by digests, renamed; the newest whole one is
-read.
+"""Checkpoints that survive being killed: written beside, proved by digests, renamed; the newest whole one is read.
 
     checkpoint-000500/
-        adapter.safetensors  optimizer.safetensors  ema.safetensors     tensors, by name
+        adapter.safetensors  ema.safetensors                            adapters with their header, as exports read them
+        optimizer.safetensors                                           tensors, by name
         state.json                                                      where the run stands: TrainState
         run.json  optimizer.json  ...                                   documents
-        manifest.json                                                   size and SHA-256 of all others;
-        written last
+        manifest.json                                                   size and SHA-256 of all others; written last
 
 A folder under such a name was fsynced before it got the name. Whoever calls `save_checkpoint` holds the
 folder's lock; reading needs none.
@@ -19,10 +18,10 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -34,6 +33,8 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 NAME = re.compile(r"checkpoint-(\d{6,})")
 """Everything else in the folder is somebody else's and is never read, counted or deleted."""
+ROOM = 1 << 20
+"""Bytes that a checkpoint needs besides its tensors: headers, documents, folders."""
 LEFTOVER = re.compile(r"\.checkpoint-\d{6,}\.(part|old)-\d+(-[0-9a-f]{8})?")
 """What a killed writer leaves behind."""
 
@@ -72,6 +73,20 @@ class Found:
     skipped: tuple[str, ...] = ()
 
 
+class Savable(Protocol):
+    """Tensors that write themselves with a header of their own, such as an adapter."""
+
+    tensors: dict[str, Tensor]
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file."""
+        ...
+
+
+Contents = Mapping[str, Tensor] | Savable
+"""What one tensor file of a checkpoint holds."""
+
+
 class TensorFiles(Mapping[str, dict[str, Tensor]]):
     """Safetensors files by stem, read one at a time, because together they may not fit into memory twice."""
 
@@ -88,22 +103,29 @@ class TensorFiles(Mapping[str, dict[str, Tensor]]):
         return len(self._paths)
 
 
+def never(step: int) -> bool:
+    """No checkpoint is spared."""
+    return False
+
+
 def save_checkpoint(
     folder: Path,
     state: TrainState,
-    tensors: Mapping[str, Mapping[str, Tensor]],
+    tensors: Mapping[str, Contents],
     documents: Mapping[str, Mapping[str, Any]],
     keep: int,
+    spare: Callable[[int], bool] = never,
 ) -> Path:
     """Write `folder/checkpoint-<step>` whole or not at all, then delete old ones.
 
     A whole checkpoint of the same step is left alone: the same step of the same run holds the same bytes. A
-    damaged one is replaced.
+    damaged one is replaced. Whether the disk has room is asked first.
 
     Args:
-        tensors: file stem -> name -> tensor.
+        tensors: file stem -> name -> tensor, or what writes itself.
         documents: file stem -> JSON document; "state" and "manifest" are taken.
         keep: how many checkpoints up to this step remain, at least 1; the new one is among them.
+        spare: whether a checkpoint of some step stays besides those.
 
     Raises:
         StorageError: if the disk is full or cannot be written; older checkpoints are then untouched.
@@ -114,14 +136,38 @@ def save_checkpoint(
     target = folder / _name(state.step)
     if not target.exists() or _damage(target) is not None:
         try:
+            check_room(folder, target, sum(map(_bytes, tensors.values())))
             with atomic_dir(target) as part:
                 _fill(part, tensors, {**documents, "state": asdict(state)})
         except StorageError as error:
             previous = [path.name for _, path in _checkpoints(folder)]
             rest = f"untouched on disk: {', '.join(previous)}" if previous else "there is no earlier one"
             raise StorageError(f"{target} cannot be saved; {rest}.", error.problems) from error
-    _prune(folder, state.step, keep)
+    _prune(folder, state.step, keep, spare)
     return target
+
+
+def check_room(folder: Path, target: Path, needed: int) -> None:
+    """Refuse to begin a write of `needed` bytes that the disk has no room for.
+
+    Raises:
+        StorageError: with what is needed and what is free.
+    """
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed + ROOM:
+        raise StorageError(
+            f"The disk is full: {target} needs {(needed + ROOM) / 2**20:,.1f} MiB, {free / 2**20:,.1f} MiB are free.",
+            [
+                f"free some space in {existing}, lower checkpoint.keep, or move the run folder to a larger disk: the "
+                "same command goes on there"
+            ],
+        )
+
+
+def _bytes(contents: Contents) -> int:
+    tensors = contents if isinstance(contents, Mapping) else contents.tensors
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def latest_checkpoint(folder: Path) -> Found | None:
@@ -147,12 +193,51 @@ def latest_checkpoint(folder: Path) -> Found | None:
     return None
 
 
-def clean(folder: Path) -> None:
-    """Remove what killed writers left behind; only for who holds the folder's lock."""
-    if folder.is_dir():
-        for path in folder.iterdir():
-            if LEFTOVER.fullmatch(path.name):
-                shutil.rmtree(path, ignore_errors=True)
+def checkpoint_at(folder: Path, step: int) -> Found:
+    """The checkpoint of one step.
+
+    Raises:
+        CheckpointError: if there is none, naming those there are, or if it is damaged.
+    """
+    path = folder / _name(step)
+    if not path.is_dir():
+        there = ", ".join(str(found) for found, _ in _checkpoints(folder)) or "none"
+        raise CheckpointError(f"{folder} holds no checkpoint of step {step}; there are: {there}.")
+    damage = _damage(path)
+    if damage is not None:
+        raise CheckpointError(f"{damage} Name another step, or copy it back.")
+    return _load(path, ())
+
+
+def checkpoint_adapter(folder: Path, which: str) -> Path:
+    """The adapter that a checkpoint would export: its running mean if it has one. Every digest was right.
+
+    Args:
+        folder: the run folder.
+        which: a step, "last", or "best" by validation.
+
+    Raises:
+        CheckpointError: if there is no such checkpoint, naming those there are, or if it is damaged.
+    """
+    found = latest_checkpoint(folder) if which in ("last", "best") else None
+    if which.isdecimal():
+        found = checkpoint_at(folder, int(which))
+    elif found is None:
+        raise CheckpointError(f"{folder} has no checkpoint {which!r}; name a step, last or best.")
+    elif which == "best":
+        best = found.documents.get("validation", {}).get("best")
+        if best is None:
+            raise CheckpointError(f"{folder} was not validated yet, so no checkpoint is the best; name a step.")
+        found = checkpoint_at(folder, best)
+    return found.path / ("ema.safetensors" if "ema" in found.tensors else "adapter.safetensors")
+
+
+def clean(folder: Path) -> list[Path]:
+    """Remove what killed writers left behind, and say what that was; only for who holds the folder's lock."""
+    found = [path for path in folder.iterdir() if LEFTOVER.fullmatch(path.name)] if folder.is_dir() else []
+    for path in found:
+        shutil.rmtree(path, ignore_errors=True)
+    return found
 
 
 def _load(path: Path, skipped: tuple[str, ...]) -> Found:
@@ -162,11 +247,12 @@ def _load(path: Path, skipped: tuple[str, ...]) -> Found:
     return Found(path, TrainState(**documents["state"]), tensors, documents, skipped)
 
 
-def _fill(
-    part: Path, tensors: Mapping[str, Mapping[str, Tensor]], documents: Mapping[str, Mapping[str, Any]]
-) -> None:
-    for stem, named in tensors.items():
-        write_safetensors(part / f"{stem}.safetensors", named, {})
+def _fill(part: Path, tensors: Mapping[str, Contents], documents: Mapping[str, Mapping[str, Any]]) -> None:
+    for stem, contents in tensors.items():
+        if isinstance(contents, Mapping):
+            write_safetensors(part / f"{stem}.safetensors", contents, {})
+        else:
+            contents.save(part / f"{stem}.safetensors")
     for stem, document in documents.items():
         write_json(part / f"{stem}.json", document)
     written = sorted(part.iterdir())
@@ -174,13 +260,13 @@ def _fill(
     write_json(part / MANIFEST, {"format": FORMAT, "files": files, "sha256": _digest(files)})
 
 
-def _prune(folder: Path, step: int, keep: int) -> None:
-    """Delete all but the newest `keep` up to `step`; later ones are damaged, or the run would be there.
+def _prune(folder: Path, step: int, keep: int, spare: Callable[[int], bool]) -> None:
+    """Delete all but the newest `keep` up to `step` and the spared; later ones are damaged, or the run would be there.
 
     Renamed before they are deleted: a kill in between must not leave half a checkpoint under a good name.
     """
-    reached = [path for found, path in _checkpoints(folder) if found <= step]
-    for path in reached[:-keep]:
+    reached = [(found, path) for found, path in _checkpoints(folder) if found <= step]
+    for path in [path for found, path in reached[:-keep] if not spare(found)]:
         doomed = path.with_name(f".{path.name}.old-{os.getpid()}")
         try:
             os.rename(path, doomed)

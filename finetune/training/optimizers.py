@@ -1,33 +1,31 @@
-"""Optimizers by name; their state by parameter name, in tensors that safetensors can hold.
+"""Optimizers by name, each with what it is, what it costs, and where it comes from.
 
-Learning rate and other settings are not part of the state: they follow from the run and the step.
+An entry gets (groups, config, device) and gives a `BuiltOptimizer`. Arguments that the configuration leaves open are
+the library's own; `optimizer.options` reaches every one of them. Any other class comes by its import path.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-import logging
-from collections import Counter
-from collections.abc import Callable, Iterable
+import inspect
+import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from finetune.errors import CheckpointError, ConfigError, nearest
+from finetune.config import OptimizerConfig
+from finetune.errors import ConfigError, nearest
+from finetune.training import eight_bit
+from finetune.training.optimizer_state import parameters_of, state_format
 
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 """Where torch's AdamW has one kernel for a whole step."""
-EIGHT_BIT_DEVICES = ("cpu", "cuda", "xpu")
-"""Where bitsandbytes 0.50 has 8-bit kernels; ROCm calls itself cuda."""
-MIN_8BIT_ELEMENTS = 1024
-"""Smaller tensors keep 32-bit state. bitsandbytes' own 4096 would leave half of a small LoRA (rank 4 on SD1.5) in
-32 bits; state is quantised in blocks of 256, so four blocks are enough to be worth it."""
-MIN_PAGED_ELEMENTS = 100_000
-"""bitsandbytes pages the state of larger tensors only."""
+Groups = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -38,110 +36,141 @@ class BuiltOptimizer:
         resolved: what really runs, e.g. "bitsandbytes AdamW8bit"; two runs whose state can be exchanged say
             the same.
         notes: sentences the user should see: what differs from the name asked for, and what it costs.
+        keeps_mean: whether the parameters to judge and export are a mean that the optimizer keeps itself.
     """
 
     optimizer: Optimizer
     resolved: str
     notes: tuple[str, ...] = ()
+    keeps_mean: bool = False
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What every AdamW needs besides the learning rate, which belongs to a parameter group."""
-
-    betas: tuple[float, float]
-    weight_decay: float
-    eps: float
-
-
-def build_optimizer(
-    name: str,
-    groups: list[dict[str, Any]],
-    *,
-    betas: tuple[float, float],
-    weight_decay: float,
-    eps: float,
-    device: torch.device,
-) -> BuiltOptimizer:
-    """Build the optimizer called `name`.
+def build_optimizer(config: OptimizerConfig, groups: Groups, device: torch.device) -> BuiltOptimizer:
+    """Build the optimizer that a run asks for.
 
     Args:
         groups: one dict per group with "params" (float32 parameters on `device`), "lr" and "name".
         device: where the parameters are; decides which kernels there are.
 
     Raises:
-        ConfigError: if the name is unknown, or if bitsandbytes is needed and cannot be used.
+        ConfigError: if a package is missing, a class cannot be used, or an option is unknown.
     """
-    if name not in OPTIMIZERS:
-        known = ", ".join(OPTIMIZERS)
-        raise ConfigError(
-            "The optimizer cannot be built:",
-            [f"optimizer.name is {name!r}{nearest(name, OPTIMIZERS)}; choose one of {known}."],
-        )
     ready = [{**g, "params": list(g["params"]), "initial_lr": float(g["lr"])} for g in groups]
-    return OPTIMIZERS[name](ready, Settings(betas, weight_decay, eps), device)
+    if config.name in OPTIMIZERS:
+        return OPTIMIZERS[config.name](ready, config, device)
+    return by_import_path(ready, config, device)
 
 
-def adamw(groups: list[dict[str, Any]], settings: Settings, device: torch.device) -> BuiltOptimizer:
+def adamw(groups: Groups, config: OptimizerConfig, device: torch.device) -> BuiltOptimizer:
     """torch's AdamW, fused into one kernel where the device has one: 8 bytes of state per parameter.
 
     On CUDA the learning rate is a device scalar and the step can be recorded in a CUDA graph.
+
+    Source: Loshchilov and Hutter 2017, arXiv:1711.05101.
     """
     capturable = device.type == "cuda"
     if capturable:
         groups = [{**group, "lr": torch.tensor(group["initial_lr"], device=device)} for group in groups]
-    optimizer = torch.optim.AdamW(
-        groups,
-        betas=settings.betas,
-        weight_decay=settings.weight_decay,
-        eps=settings.eps,
-        fused=device.type in FUSED_DEVICES or None,
-        capturable=capturable,
-    )
-    return BuiltOptimizer(optimizer, state_format(optimizer))
+    own = {"fused": device.type in FUSED_DEVICES or None, "capturable": capturable}
+    return _built(torch.optim.AdamW, groups, config, own)
 
 
-def adamw8bit(groups: list[dict[str, Any]], settings: Settings, device: torch.device) -> BuiltOptimizer:
+def adamw8bit(groups: Groups, config: OptimizerConfig, device: torch.device) -> BuiltOptimizer:
     """AdamW with 8-bit state in blocks of 256: about 2 bytes per parameter in tensors of 1024 elements or more.
 
     Source: Dettmers et al. 2021, arXiv:2110.02861. Devices without kernels get torch's AdamW and a note
         saying so.
     """
-    if device.type not in EIGHT_BIT_DEVICES:
-        return _without_kernels("adamw8bit", groups, settings, device)
-    optimizer = _bitsandbytes(device).AdamW8bit(
-        groups, betas=settings.betas, weight_decay=settings.weight_decay, eps=settings.eps,
-        min_8bit_size=MIN_8BIT_ELEMENTS,
-    )  # fmt: skip
-    notes = _small_tensor_notes(groups)
-    if device.type == "cpu":
-        notes += ("adamw8bit on a CPU is slower than adamw; it saves memory only.",)
-    return BuiltOptimizer(optimizer, state_format(optimizer), notes)
+    if device.type not in eight_bit.DEVICES:
+        return _without_kernels(groups, config, device)
+    return _eight_bit("AdamW8bit", groups, config, device)
 
 
-def paged_adamw8bit(groups: list[dict[str, Any]], settings: Settings, device: torch.device) -> BuiltOptimizer:
+def paged_adamw8bit(groups: Groups, config: OptimizerConfig, device: torch.device) -> BuiltOptimizer:
     """adamw8bit whose state moves to main memory when the GPU is full; elsewhere than on CUDA nothing is
     paged.
     """
     if device.type != "cuda":
-        built = adamw8bit(groups, settings, device)
+        built = adamw8bit(groups, config, device)
         note = f"paged_adamw8bit pages on CUDA only; on {device.type} it is adamw8bit."
         return BuiltOptimizer(built.optimizer, built.resolved, (note, *built.notes))
-    optimizer = _bitsandbytes(device).PagedAdamW8bit(
-        groups, betas=settings.betas, weight_decay=settings.weight_decay, eps=settings.eps,
-        min_8bit_size=MIN_8BIT_ELEMENTS,
-    )  # fmt: skip
-    notes = _small_tensor_notes(groups)
-    if all(p.numel() < MIN_PAGED_ELEMENTS for p in _parameters(groups)):
-        notes += (f"paged_adamw8bit pages nothing here: no tensor has {MIN_PAGED_ELEMENTS:,} elements.",)
-    return BuiltOptimizer(optimizer, state_format(optimizer), notes)
+    built = _eight_bit("PagedAdamW8bit", groups, config, device)
+    return BuiltOptimizer(built.optimizer, built.resolved, (*built.notes, *eight_bit.paging_notes(groups)))
 
 
-OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], Settings, torch.device], BuiltOptimizer]] = {
+def lion8bit(groups: Groups, config: OptimizerConfig, device: torch.device) -> BuiltOptimizer:
+    """The sign of a running mean, kept in 8 bits: about 1 byte per parameter; wants a third of AdamW's rate or less.
+
+    Source: Chen et al. 2023, arXiv:2302.06675; state as in `adamw8bit`.
+    """
+    return _eight_bit("Lion8bit", groups, config, device)
+
+
+def ademamix8bit(groups: Groups, config: OptimizerConfig, device: torch.device) -> BuiltOptimizer:
+    """AdamW with a second, slow mean of the gradient, in 8 bits: about 3 bytes per parameter. For long runs.
+
+    Source: Pagliardini et al. 2024, arXiv:2409.03137; state as in `adamw8bit`.
+    """
+    return _eight_bit("AdEMAMix8bit", groups, config, device)
+
+
+def adafactor(groups: Groups, config: OptimizerConfig, device: torch.device) -> BuiltOptimizer:
+    """torch's Adafactor: the second moment as a row and a column, nearly no state, no momentum.
+
+    Source: Shazeer and Stern 2018, arXiv:1804.04235. Its step is relative: learning rates of 1e-3 to 1e-2 are usual.
+    """
+    return _built(torch.optim.Adafactor, groups, config)
+
+
+def prodigy(groups: Groups, config: OptimizerConfig, device: torch.device) -> BuiltOptimizer:
+    """Finds the step size itself from the distance travelled; learning_rate multiplies it and should be 1.
+
+    Source: Mishchenko and Defazio 2023, arXiv:2306.06101; package prodigyopt.
+    """
+    rates = sorted({group["initial_lr"] for group in groups})
+    if len(rates) > 1:
+        raise _unusable(
+            f"prodigy finds one step size for all parameters, but this run has the learning rates "
+            f"{', '.join(f'{rate:g}' for rate in rates)}; leave the adapters' own learning_rate out."
+        )
+    return _built(_class("prodigyopt", "Prodigy", "optimizers"), groups, config)
+
+
+def schedulefree_adamw(groups: Groups, config: OptimizerConfig, device: torch.device) -> BuiltOptimizer:
+    """AdamW without a learning-rate curve: a running mean of the weights takes its place, and is what is exported.
+
+    Source: Defazio et al. 2024, The road less scheduled, arXiv:2405.15682; package schedulefree.
+    """
+    built = _built(_class("schedulefree", "AdamWScheduleFree", "optimizers"), groups, config)
+    built.optimizer.train()
+    return BuiltOptimizer(built.optimizer, built.resolved, built.notes, keeps_mean=True)
+
+
+def came(groups: Groups, config: OptimizerConfig, device: torch.device) -> BuiltOptimizer:
+    """Adafactor with momentum, guided by how much an update can be trusted: 4 bytes per parameter.
+
+    Source: Luo et al. 2023, arXiv:2307.02047; package pytorch-optimizer.
+    """
+    return _built(_class("pytorch_optimizer", "CAME", "optimizers"), groups, config)
+
+
+OPTIMIZERS: dict[str, Callable[[Groups, OptimizerConfig, torch.device], BuiltOptimizer]] = {
     "adamw": adamw,
     "adamw8bit": adamw8bit,
     "paged_adamw8bit": paged_adamw8bit,
+    "lion8bit": lion8bit,
+    "ademamix8bit": ademamix8bit,
+    "adafactor": adafactor,
+    "prodigy": prodigy,
+    "schedulefree_adamw": schedulefree_adamw,
+    "came": came,
 }
+
+
+def by_import_path(groups: Groups, config: OptimizerConfig, device: torch.device) -> BuiltOptimizer:
+    """Any class that torch calls an optimizer, from any installed package, e.g. "torch.optim.RAdam"."""
+    module, _, name = config.name.rpartition(".")
+    return _built(_class(module, name, None), groups, config)
 
 
 def set_learning_rate(optimizer: Optimizer, factor: float) -> None:
@@ -156,198 +185,76 @@ def set_learning_rate(optimizer: Optimizer, factor: float) -> None:
             group["lr"] = rate
 
 
-def state_bytes(optimizer: Optimizer) -> dict[str, int]:
-    """Bytes of state really held, by number format, e.g. {"uint8": 8192, "float32": 2304}; empty before the
-    first step.
-    """
-    total: Counter[str] = Counter()
-    seen: set[int] = set()
-    for state in optimizer.state.values():
-        for value in state.values():
-            if isinstance(value, Tensor) and value.data_ptr() not in seen:
-                seen.add(value.data_ptr())
-                total[str(value.dtype).removeprefix("torch.")] += value.nbytes
-    return dict(total)
-
-
-def state_format(optimizer: Optimizer) -> str:
-    """What the state is made of. Equal formats can be exchanged: paging moves the state but does not change
-    it.
-    """
-    library = type(optimizer).__module__.partition(".")[0]
-    return f"{library} {type(optimizer).__name__.removeprefix('Paged')}"
-
-
-def optimizer_state(
-    optimizer: Optimizer, names: dict[Parameter, str]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The whole state, by parameter name.
-
-    Args:
-        names: a name for each parameter of the optimizer.
-
-    Returns:
-        tensors: "<parameter>.<key>" -> the live tensor: write or copy it before the next step. What
-            parameters share, such as an 8-bit code book, is there once as "shared.<key>".
-        scalars: a JSON document: the format, and per parameter its numbers and the keys of its tensors.
-    """
-    tensors: dict[str, Tensor] = {}
-    parameters: dict[str, Any] = {}
-    for parameter in _parameters(optimizer.param_groups):
-        name, state = names[parameter], optimizer.state.get(parameter, {})
-        held = {key: value.detach() for key, value in state.items() if isinstance(value, Tensor)}
-        parameters[name] = {
-            "numbers": {key: value for key, value in state.items() if key not in held},
-            "tensors": sorted(held),
-        }
-        tensors |= {_tensor_name(name, key): value for key, value in held.items()}
-    return tensors, {"format": state_format(optimizer), "parameters": parameters}
-
-
-def load_optimizer_state(
-    optimizer: Optimizer, names: dict[Parameter, str], tensors: dict[str, Tensor], scalars: dict[str, Any]
-) -> None:
-    """Put back what `optimizer_state` gave, to the bit, on whatever device the parameters are now.
-
-    Raises:
-        CheckpointError: if the state belongs to another optimizer or to other parameters; nothing is then
-            loaded.
-    """
-    parameters = {names[parameter]: parameter for parameter in _parameters(optimizer.param_groups)}
-    problems = list(_state_problems(state_format(optimizer), parameters, tensors, scalars))
-    if problems:
-        raise CheckpointError("The optimizer state cannot be loaded:", problems)
-    optimizer.state.clear()
-    shared: dict[tuple[str, torch.device], Tensor] = {}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            entry = scalars["parameters"][names[parameter]]
-            state: dict[str, Any] = dict(entry["numbers"])
-            for key in entry["tensors"]:
-                saved = tensors[_tensor_name(names[parameter], key)]
-                if _is_shared(key):
-                    place = (key, parameter.device)
-                    state[key] = shared.setdefault(place, saved.to(parameter.device))
-                else:
-                    state[key] = _placed(optimizer, group, parameter, key, saved)
-            if state:
-                optimizer.state[parameter] = state
-
-
-def _placed(
-    optimizer: Optimizer, group: dict[str, Any], parameter: Parameter, key: str, saved: Tensor
-) -> Tensor:
-    """A copy of `saved` where this optimizer wants it."""
-    if key == "step" and not (group.get("capturable") or group.get("fused")):
-        return saved.cpu().clone()
-    if key.startswith("state") and hasattr(optimizer, "get_state_buffer"):
-        # bitsandbytes' own allocation, so that state that was paged before is paged again.
-        buffer: Tensor = optimizer.get_state_buffer(parameter, dtype=saved.dtype)
-        return buffer.copy_(saved)
-    return saved.to(parameter.device, copy=True)
-
-
-def _is_shared(key: str) -> bool:
-    """Code books are constants that all 8-bit tensors of an optimizer use."""
-    return key.startswith("qmap")
-
-
-def _tensor_name(parameter: str, key: str) -> str:
-    return f"shared.{key}" if _is_shared(key) else f"{parameter}.{key}"
-
-
-def _state_problems(
-    wanted: str, parameters: dict[str, Parameter], tensors: dict[str, Tensor], scalars: dict[str, Any]
-) -> Iterable[str]:
-    if scalars["format"] != wanted:
-        yield (
-            f"it was written by {scalars['format']} and this run uses {wanted}, whose state is another; "
-            "resume on the kind of device it was written on, with the same optimizer.name."
+def _eight_bit(name: str, groups: Groups, config: OptimizerConfig, device: torch.device) -> BuiltOptimizer:
+    if device.type not in eight_bit.DEVICES:
+        raise _unusable(
+            f"{config.name} needs 8-bit kernels, which bitsandbytes does not have for {device.type}; "
+            "set optimizer.name=adamw."
         )
-        return
-    saved: dict[str, Any] = scalars["parameters"]
-    remedy = "resume with the adapter it was written for"
-    missing, foreign = sorted(parameters.keys() - saved), sorted(saved - parameters.keys())
-    if missing:
-        yield f"{_some(missing)} trained in this run but not in it; {remedy}."
-    if foreign:
-        yield f"{_some(foreign)} in it but not trained in this run; {remedy}."
-    listed = {_tensor_name(name, key) for name, entry in saved.items() for key in entry["tensors"]}
-    if unmatched := sorted(listed ^ tensors.keys()):
-        yield f"{_some(unmatched)} on one side only, the list or the tensors; the checkpoint is not whole."
-    for name, parameter in parameters.items():
-        for key in ("exp_avg", "exp_avg_sq", "state1", "state2"):
-            tensor = tensors.get(f"{name}.{key}")
-            if tensor is not None and tensor.shape != parameter.shape:
-                yield (
-                    f"{name}.{key} has shape {list(tensor.shape)}, but the parameter has "
-                    f"{list(parameter.shape)}; resume with the rank it was written for."
-                )
+    cls = getattr(eight_bit.library(device), name)
+    built = _built(cls, groups, config, {"min_8bit_size": eight_bit.MIN_ELEMENTS})
+    return BuiltOptimizer(built.optimizer, built.resolved, eight_bit.notes(config.name, groups, device))
 
 
-def _some(names: list[str]) -> str:
-    """Such as "a is", "a and b are", or "a, b and 12 more are"."""
-    if len(names) == 1:
-        return f"{names[0]} is"
-    if len(names) == 2:
-        return f"{names[0]} and {names[1]} are"
-    return f"{names[0]}, {names[1]} and {len(names) - 2} more are"
-
-
-def _parameters(groups: list[dict[str, Any]]) -> Iterable[Parameter]:
-    return (parameter for group in groups for parameter in group["params"])
-
-
-def _small_tensor_notes(groups: list[dict[str, Any]]) -> tuple[str, ...]:
-    sizes = [parameter.numel() for parameter in _parameters(groups)]
-    small = [size for size in sizes if size < MIN_8BIT_ELEMENTS]
-    if not small:
-        return ()
-    share = sum(small) / sum(sizes)
-    return (
-        f"{len(small)} of {len(sizes)} trained tensors ({share:.0%} of the parameters) have fewer than "
-        f"{MIN_8BIT_ELEMENTS} elements and keep 32-bit optimizer state.",
-    )
-
-
-def _without_kernels(
-    name: str, groups: list[dict[str, Any]], settings: Settings, device: torch.device
-) -> BuiltOptimizer:
-    built = adamw(groups, settings, device)
-    extra = 6 * sum(parameter.numel() for parameter in _parameters(groups))
+def _without_kernels(groups: Groups, config: OptimizerConfig, device: torch.device) -> BuiltOptimizer:
+    built = adamw(groups, config, device)
+    extra = 6 * sum(parameter.numel() for parameter in parameters_of(groups))
     note = (
-        f"bitsandbytes has no 8-bit kernels for {device.type}, so {name} runs as torch AdamW with 32-bit "
+        f"bitsandbytes has no 8-bit kernels for {device.type}, so {config.name} runs as torch AdamW with 32-bit "
         f"state, which takes {extra / 2**20:,.1f} MiB more; set optimizer.name=adamw to say so yourself."
     )
     return BuiltOptimizer(built.optimizer, built.resolved, (note,))
 
 
-def _bitsandbytes(device: torch.device) -> Any:
-    """`bitsandbytes.optim`, imported only here because that takes seconds.
-
-    Raises:
-        ConfigError: if it is not installed or has no library for this machine.
-    """
-    log = logging.getLogger("bitsandbytes")
-    level = log.level
-    log.setLevel(logging.ERROR)  # it warns about 4-bit kernels, which no optimizer uses
+def _built(
+    cls: type[Optimizer], groups: Groups, config: OptimizerConfig, own: dict[str, Any] | None = None
+) -> BuiltOptimizer:
+    """Make a `cls` with what the configuration says, as far as the class has such an argument."""
+    known = _arguments(cls)
+    said = {"betas": config.betas, "weight_decay": config.weight_decay, "eps": config.eps}
+    given = {name: value for name, value in said.items() if value is not None}
+    unusable = [name for name in given if name not in known and name != "weight_decay"]
+    if unusable:
+        raise _unusable(f"optimizer.{unusable[0]} is given, but {cls.__name__} has no such setting; leave it out.")
+    foreign = [name for name in config.options if name not in known or name in ("params", "lr")]
+    if foreign:
+        raise _unusable(
+            f"optimizer.options has {foreign[0]!r}{nearest(foreign[0], known)}; {cls.__name__} knows "
+            f"{', '.join(name for name in known if name not in ('params', 'lr'))}."
+        )
+    arguments = {name: value for name, value in given.items() if name in known} | (own or {}) | config.options
+    rate = next((group["initial_lr"] for group in groups), 1e-4)
     try:
-        optim = importlib.import_module("bitsandbytes.optim")
-        library = type(importlib.import_module("bitsandbytes.cextension").lib).__name__
-    except (ImportError, OSError, RuntimeError) as error:
-        raise _no_bitsandbytes(str(error)) from error
-    finally:
-        log.setLevel(level)
-    if library.startswith("ErrorHandlerMock") and device.type != "xpu":
-        raise _no_bitsandbytes(f"it has no compiled library for this machine's {device.type}")
-    return optim
+        # keep: some greet on the standard output, which belongs to the command line.
+        with contextlib.redirect_stdout(io.StringIO()):
+            optimizer = cls(groups, lr=rate, **arguments)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise _unusable(f"{cls.__name__} refuses its settings: {error}.") from error
+    notes = () if "weight_decay" in known or not config.weight_decay else (
+        f"{cls.__name__} has no weight decay; optimizer.weight_decay={config.weight_decay:g} does nothing.",
+    )  # fmt: skip
+    return BuiltOptimizer(optimizer, state_format(optimizer), notes)
 
 
-def _no_bitsandbytes(why: str) -> ConfigError:
-    return ConfigError(
-        "The optimizer cannot be built:",
-        [
-            f"8-bit AdamW needs bitsandbytes, which cannot be used here ({why}); "
-            "install it with `pip install bitsandbytes`, or set optimizer.name=adamw."
-        ],
-    )
+def _arguments(cls: type[Optimizer]) -> list[str]:
+    return [name for name in inspect.signature(cls).parameters if name not in ("self", "args", "kwargs")]
+
+
+def _class(module: str, name: str, extra: str | None) -> type[Optimizer]:
+    """An optimizer class from a package that may not be installed; imported only here, because that takes seconds."""
+    remedy = f"install it with `pip install 'finetune[{extra}]'`" if extra else "install its package"
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        package = module.partition(".")[0]
+        raise _unusable(f"it needs the package {package}, which is missing ({error}); {remedy}.") from error
+    except AttributeError as error:
+        known = [key for key, value in vars(importlib.import_module(module)).items() if isinstance(value, type)]
+        raise _unusable(f"{module} has no {name}{nearest(name, known)}.") from error
+    if not (isinstance(found, type) and issubclass(found, Optimizer)):
+        raise _unusable(f"{module}.{name} is no torch.optim.Optimizer; name the class of an optimizer.")
+    return found
+
+
+def _unusable(problem: str) -> ConfigError:
+    return ConfigError("The optimizer cannot be built:", [problem])

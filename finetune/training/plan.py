@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from finetune.adapters import AdapterSet
 from finetune.config import Run
 from finetune.data.dataset import Cut, bucket_counts
 from finetune.data.sampler import Sampler
 from finetune.tracking import Reporter
-from finetune.training.build_data import Pictures
+from finetune.training.build_data import Pictures, variation_rows
+from finetune.training.lr_schedules import warmup_steps
 from finetune.training.optimizers import BuiltOptimizer
 
 
@@ -28,28 +28,11 @@ def data_rows(run: Run, cut: Cut, pictures: Pictures) -> list[tuple[str, str]]:
     subject = f"{len(pictures.subject)} pictures" + (f", {len(pictures.holdout)} held out" if pictures.holdout else "")
     rows = [("Subject", subject)]
     classes = len(pictures.training) - len(pictures.subject)
-    if run.data.prior:
+    if classes:
         made = f" ({pictures.generated} rendered now)" if pictures.generated else ""
-        rows.append(("Class", f"{classes} pictures{made}, weight {run.data.prior.prior_loss_weight:g}"))
-    return [*rows, ("Buckets", f"{buckets}; {cut.resolution} px")]
-
-
-def adapter_rows(run: Run, adapters: AdapterSet) -> list[tuple[str, str]]:
-    """What is trained, per network."""
-    named = adapters.named_parameters()
-    rows = []
-    for component in dict.fromkeys(name.partition(".")[0] for name in named):
-        own = [p for name, p in named.items() if name.startswith(f"{component}.")]
-        config = run.text_encoder_adapter if component.startswith("text_encoder") else run.adapter
-        assert config is not None, "a text encoder is trained only when its adapter is configured"
-        size = sum(p.numel() for p in own)
-        rows.append(
-            (
-                f"Adapter, {component}",
-                f"{config.method} rank {config.rank}, {len(own) // 2} layers, {size:,} parameters",
-            )
-        )
-    return rows
+        weight = run.data.prior.prior_loss_weight if run.data.prior else 1.0
+        rows.append(("Class", f"{classes} pictures{made}, weight {weight:g}"))
+    return [*rows, ("Buckets", f"{buckets}; {cut.resolution} px"), *variation_rows(run, pictures)]
 
 
 def step_rows(run: Run, sampler: Sampler, processes: int, optimizer: BuiltOptimizer) -> list[tuple[str, str]]:
@@ -59,14 +42,25 @@ def step_rows(run: Run, sampler: Sampler, processes: int, optimizer: BuiltOptimi
     batches = len(sampler.plan_epoch(0))
     epochs = run.train.steps * accumulation / batches
     times = f" x {processes} processes" if processes > 1 else ""
-    rate = run.optimizer
+    rate, warmup = run.optimizer, warmup_steps(run.optimizer, run.train.steps)
+    also = [f"every {run.checkpoint.keep_every}th step"] if run.checkpoint.keep_every else []
+    also += ["the best"] if run.checkpoint.keep_best else []
     checkpointing = "on" if run.train.gradient_checkpointing else "off"
     return [
         ("Steps", f"{run.train.steps}, up to {per_step} pictures each ({run.train.batch_size} per pass{times}"
                   f"{f' x {accumulation} passes' if accumulation > 1 else ''})"),
         ("Epochs", f"{epochs:.1f} of {batches} passes"),
         ("Optimizer", f"{optimizer.resolved}, learning rate {rate.learning_rate:g}, {rate.schedule}"
-                      + (f", {rate.warmup_steps} warm-up steps" if rate.warmup_steps else "")),
+                      + (f", {warmup} warm-up steps" if warmup else "")),
         ("Gradient checkpointing", checkpointing),
-        ("Saved", f"every {run.checkpoint.every} steps, the newest {run.checkpoint.keep} kept, in {run.output_dir}"),
+        ("Saved", f"every {run.checkpoint.every} steps, the newest {run.checkpoint.keep} kept"
+                  f"{''.join(f' and {what}' for what in also)}, in {run.output_dir}"),
     ]  # fmt: skip
+
+
+def teacher_rows(run: Run) -> list[tuple[str, str]]:
+    """Prior preservation without class pictures."""
+    teacher = run.objective.teacher
+    if teacher is None:
+        return []
+    return [("Class", f"the base as teacher, weight {teacher.weight:g}, asked every {teacher.every} steps")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -23,25 +23,29 @@ class StepResult:
         loss: weighted mean over the step's pictures, ().
         grad_norm: length of the gradient before clipping, ().
         finite: whether the gradient was finite; if not, no parameter was moved by it, ().
+        teacher: the teacher's weighted mean over the step's pictures; 0 without one, ().
+        picture_losses: per batch, the loss of each picture before `loss_weight`, (B,).
     """
 
     loss: Tensor
     grad_norm: Tensor
     finite: Tensor
+    teacher: Tensor
+    picture_losses: tuple[Tensor, ...]
+
+
+Question = Callable[[Batch], Tensor]
+"""Something else that a batch is asked in the same step, e.g. by the teacher: its loss per picture, (B,)."""
 
 
 def batch_losses(model: nn.Module, objective: Objective, batch: Batch, accelerator: Accelerator) -> Tensor:
-    """Weighted loss of every picture of a batch, (B,), fp32.
-
-    DreamBooth: a class picture's loss is multiplied by `prior_loss_weight` (Ruiz et al. 2023,
-        arXiv:2208.12242, eq. 2).
-    """
+    """Loss of every picture of a batch before `loss_weight`, (B,), fp32."""
     clean = batch.latents.sample(batch.latent_noise)
     timesteps = objective.timesteps(batch.quantiles)
-    noisy = objective.add_noise(clean, batch.noise, timesteps)
+    noisy = objective.add_noise(clean, batch.noise if batch.input_noise is None else batch.input_noise, timesteps)
     with accelerator.autocast():
         prediction = model(noisy, timesteps, batch.conditioning, batch.tokens, batch.sizes)
-    return objective.loss(prediction.float(), clean, batch.noise, timesteps) * batch.loss_weight
+    return objective.loss(prediction.float(), clean, batch.noise, timesteps, batch.loss_mask)
 
 
 def training_step(
@@ -52,30 +56,55 @@ def training_step(
     optimizer: torch.optim.Optimizer,
     accelerator: Accelerator,
     max_grad_norm: float,
+    question: Question | None = None,
 ) -> StepResult:
     """Accumulate the gradient over `batches`, clip it, and move the parameters.
 
     The loss is the sum over the step's pictures divided by their number over all processes, so a smaller last
     batch weighs no more per picture than a full one. DDP averages gradients over processes, hence the factor.
+    A class picture's loss is multiplied by its `loss_weight`, the prior_loss_weight of DreamBooth (Ruiz et al.
+    2023, arXiv:2208.12242, eq. 2).
+
+    Args:
+        named: the parameters that move, by name; the optimizer may hold others, which rest.
+        question: what the batches are asked besides; its gradient is added.
 
     Raises:
         NumericError: naming the parameters that got no gradient, for they would never learn.
     """
-    total = torch.zeros((), device=accelerator.device)
+    total, asked = torch.zeros((), device=accelerator.device), torch.zeros((), device=accelerator.device)
+    seen = []
     for i, batch in enumerate(batches):
-        last = i == len(batches) - 1
-        with nullcontext() if last else accelerator.no_sync(model):
+        share = accelerator.num_processes / batch.images_in_step
+        if question is not None:
+            with accelerator.no_sync(model):
+                loss = (question(batch) * batch.loss_weight).sum() * share
+                accelerator.backward(loss)
+            asked += loss.detach()
+        with nullcontext() if i == len(batches) - 1 else accelerator.no_sync(model):
             losses = batch_losses(model, objective, batch, accelerator)
-            loss = losses.sum() * (accelerator.num_processes / batch.images_in_step)
+            loss = (losses * batch.loss_weight).sum() * share
             accelerator.backward(loss)
         total += loss.detach()
+        seen.append(losses.detach())
     unreached = [name for name, parameter in named.items() if parameter.grad is None]
     if unreached:
         raise NumericError("Parts of the adapter get no gradient and would never learn:", unreached)
     parameters = list(named.values())
-    norm, finite = _move_parameters(parameters, optimizer, accelerator.scaler, max_grad_norm, total)
+    _forget_others(optimizer, parameters)
+    norm, finite = _move_parameters(parameters, optimizer, accelerator.scaler, max_grad_norm, total + asked)
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss=total, grad_norm=norm, finite=finite)
+    return StepResult(loss=total, grad_norm=norm, finite=finite, teacher=asked, picture_losses=tuple(seen))
+
+
+def _forget_others(optimizer: torch.optim.Optimizer, moving: Sequence[nn.Parameter]) -> None:
+    """Throw away the gradients of parameters that rest: every optimizer passes over a parameter without one."""
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if len(held) > len(moving):
+        kept = set(moving)
+        for parameter in held:
+            if parameter not in kept:
+                parameter.grad = None
 
 
 def _move_parameters(

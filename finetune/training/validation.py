@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from finetune.adapters import AdapterSet
 from finetune.data.batch import Batch, Collator, size_conditioning
 from finetune.data.dataset import Picture
+from finetune.data.views import plain
 from finetune.families.base import Latents
 from finetune.objectives import Objective
 from finetune.rng import rng
@@ -99,7 +100,8 @@ def _questions(picture: Picture, collator: Collator, quantiles: int, seed: int) 
     """One picture at evenly spread noise levels, each with its own fixed noise; its first caption, not mirrored."""
     latents = collator.latents_of(picture)
     shape = (quantiles, *latents.mean.shape)
-    conditioning, tokens = collator.describe([picture.captions[0]] * quantiles)
+    caption, mask = collator.caption_of(picture), collator.mask_of(picture)
+    conditioning, tokens = collator.describe([caption] * quantiles)
     return Batch(
         latents=Latents(latents.mean.expand(shape).contiguous(), latents.std.expand(shape).contiguous()),
         latent_noise=torch.zeros(shape),
@@ -108,8 +110,9 @@ def _questions(picture: Picture, collator: Collator, quantiles: int, seed: int) 
         loss_weight=torch.ones(quantiles),
         conditioning=conditioning,
         tokens=tokens,
-        sizes=size_conditioning([picture] * quantiles),
-        captions=(picture.captions[0],) * quantiles,
+        sizes=size_conditioning([plain(picture)] * quantiles),
+        captions=(caption,) * quantiles,
         file_names=(picture.path.name,) * quantiles,
         images_in_step=quantiles,
+        loss_mask=None if mask is None else mask.expand(quantiles, *mask.shape).contiguous(),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -13,7 +14,15 @@ from diffusers.training_utils import compute_loss_weighting_for_sd3, compute_snr
 from torch import Tensor
 
 from finetune.errors import ConfigError
-from finetune.objectives import DENSITIES, LOSSES, PREDICTIONS, WEIGHTINGS, build_objective
+from finetune.objectives import (
+    DELTA_SCHEDULES,
+    DENSITIES,
+    LOSSES,
+    PREDICTIONS,
+    WEIGHTINGS,
+    NoiseShape,
+    build_objective,
+)
 from finetune.objectives.losses import mean_per_picture
 
 SD15 = {
@@ -158,10 +167,89 @@ def test_losses_have_the_published_formula(name: str) -> None:
     d, delta = torch.logspace(-6, 3, 200, dtype=torch.float64), 0.1
     root = (d**2 + delta**2).sqrt()
     smooth = 2 * (root - delta)
-    expected = {"mse": d**2, "l1": d, "huber": delta * smooth, "smooth_l1": smooth}[name]
+    x = d / delta
+    log_cosh = torch.where(x < 0.01, x**2 / 2 - x**4 / 12, x.clamp(max=300).cosh().log() + (x - 300).clamp(min=0))
+    expected = {
+        "mse": d**2, "l1": d, "huber": delta * smooth, "smooth_l1": smooth, "log_cosh": 2 * delta**2 * log_cosh
+    }[name]  # fmt: skip
     zero = torch.zeros_like(d)
     torch.testing.assert_close(LOSSES[name](d, zero, delta), expected, rtol=1e-5, atol=1e-15)
     assert torch.equal(LOSSES[name](-d, zero, delta), LOSSES[name](d, zero, delta))
+
+
+@pytest.mark.parametrize("name", ["huber", "smooth_l1", "log_cosh"])
+def test_delta_may_follow_the_noise_level(name: str) -> None:
+    """With one delta per picture, each picture is judged as if it were alone."""
+    d = torch.linspace(-2, 2, 12).view(3, 1, 2, 2)
+    deltas = torch.tensor([0.1, 0.5, 1.0])
+    together = LOSSES[name](d, torch.zeros_like(d), deltas.view(3, 1, 1, 1))
+    for i, delta in enumerate(deltas.tolist()):
+        torch.testing.assert_close(together[i], LOSSES[name](d[i], torch.zeros_like(d[i]), delta))
+
+
+def test_delta_schedules_are_the_papers() -> None:
+    """As in sd-scripts' `get_huber_threshold_if_needed`: 1 at a clean picture, delta at noise."""
+    timesteps, delta = torch.arange(1000), 0.1
+    alphas_cumprod = DDPMScheduler(**SD15).alphas_cumprod
+    sigmas = ((1 - alphas_cumprod) / alphas_cumprod) ** 0.5
+    expected = {
+        "constant": torch.full((1000,), delta),
+        "snr": (1 - delta) / (1 + sigmas) ** 2 + delta,
+        "exponential": torch.exp(math.log(delta) / 1000 * timesteps),
+    }
+    alpha, sigma = build_objective(SD15).schedule.alpha_sigma(timesteps)
+    assert expected.keys() == DELTA_SCHEDULES.keys()
+    for name, schedule in DELTA_SCHEDULES.items():
+        torch.testing.assert_close(schedule(alpha, sigma, timesteps / 1000, delta), expected[name], rtol=1e-5, atol=0)
+
+
+def test_a_scheduled_huber_loss_forgives_more_in_noise(batch: Batch) -> None:
+    """The schedule reaches the loss: the same error costs less where delta is small."""
+    x0, noise, _ = batch
+    objective = build_objective(SD15, loss="huber", huber_schedule="exponential")
+    timesteps = torch.tensor([10] * 4 + [990] * 4)
+    errors = objective.loss(noise + 1, x0, noise, timesteps)
+    assert errors[:4].min() > 4 * errors[4:].max()
+
+
+def weights_on_noise(name: str, **parameters: float) -> tuple[Tensor, Tensor]:
+    """A weighting's weight of the error in the noise over all timesteps of SD1.5, and the signal-to-noise ratio."""
+    timesteps = torch.arange(1000)
+    objective = build_objective(config_for("epsilon"), weighting=name, **parameters)
+    return objective.weight(timesteps), compute_snr(DDPMScheduler(**SD15), timesteps)
+
+
+def test_debiased_and_p2_equal_the_published_formulas() -> None:
+    """Both papers weigh the error in the noise: 1 / sqrt(SNR), and 1 / (k + SNR)^gamma."""
+    weight, snr = weights_on_noise("debiased")
+    torch.testing.assert_close(weight, snr**-0.5, rtol=2e-5, atol=0)
+    for gamma, k in ((1.0, 1.0), (0.5, 1.0), (1.0, 2.0), (0.0, 1.0)):
+        weight, snr = weights_on_noise("p2", p2_gamma=gamma, p2_k=k)
+        torch.testing.assert_close(weight, (k + snr) ** -gamma, rtol=2e-5, atol=0)
+
+
+def test_soft_min_snr_is_hourglass_diffusions_at_gamma_1() -> None:
+    """1 / (sigma^2 + 1) over x_0 with sigma = noise over signal, and always below min-SNR of the same cap."""
+    weight, snr = weights_on_noise("soft_min_snr", snr_gamma=1.0)
+    torch.testing.assert_close(weight * snr, 1 / (1 / snr + 1), rtol=2e-5, atol=0)
+    soft, _ = weights_on_noise("soft_min_snr", snr_gamma=5.0)
+    hard, _ = weights_on_noise("min_snr", snr_gamma=5.0)
+    assert (soft < hard).all() and soft[(snr - 5).abs().argmin()] == pytest.approx(0.5, abs=0.01)
+
+
+DEFINED = [(w, p) for w, p in product(WEIGHTINGS, PREDICTIONS) if PREDICTIONS[p].schedule in WEIGHTINGS[w].schedules]
+
+
+@pytest.mark.parametrize(("name", "prediction"), DEFINED)
+def test_weights_are_finite_from_clean_to_noise(name: str, prediction: str) -> None:
+    """One infinite weight is one lost run."""
+    config = config_for(prediction)
+    if prediction in ("v_prediction", "sample"):
+        config = {**config, "rescale_betas_zero_snr": True}
+    objective = build_objective(config, weighting=name)
+    timesteps = torch.linspace(0, 1000, 501) if prediction == "flow" else torch.arange(1000)
+    weight = objective.weight(timesteps)
+    assert torch.isfinite(weight).all() and (weight >= 0).all()
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -201,14 +289,23 @@ ALLOWED = [
 ]
 
 
-@pytest.mark.parametrize(("prediction", "weighting", "density"), ALLOWED)
-@pytest.mark.parametrize("loss", LOSSES)
+PAIRS = [(prediction, weighting, "uniform", "mse") for prediction, weighting, density in ALLOWED if density == "mode"]
+PAIRS += [("flow", "none", density, "mse") for density in DENSITIES]
+PAIRS += [("epsilon", "none", density, "mse") for density in DENSITIES]
+PAIRS += [(prediction, "none", "uniform", loss) for prediction in PREDICTIONS for loss in LOSSES]
+
+
+@pytest.mark.parametrize(("prediction", "weighting", "density", "loss"), PAIRS)
+@pytest.mark.parametrize("schedule", DELTA_SCHEDULES)
 def test_step_reads_nothing_back_to_the_host(
-    prediction: str, weighting: str, density: str, loss: str
+    prediction: str, weighting: str, density: str, loss: str, schedule: str
 ) -> None:
     """A whole step must be recordable as one CUDA graph; on meta tensors every host read raises."""
     config = config_for(prediction)
-    objective = build_objective(config, weighting=weighting, density=density, loss=loss).to("meta")
+    objective = build_objective(
+        config, weighting=weighting, density=density, loss=loss, density_shift=2.0, noise_range=(0.1, 0.9)
+    ).to("meta")
+    objective = replace(objective, huber_schedule=schedule)
     x0, noise, mask = (torch.empty(2, c, 6, 5, device="meta") for c in (4, 4, 1))
     timesteps = objective.timesteps(torch.empty(2, device="meta"))
     x_t = objective.add_noise(x0, noise, timesteps)
@@ -234,6 +331,14 @@ def test_step_reads_nothing_back_to_the_host(
         (SD15, {"density": "mode", "density_scale": 2.0}, "objective.density_scale is 2.0"),
         (SD15, {"weighting": "sigma_sqrt"}, "defined on a flow schedule"),
         (FLOW, {"density": "cosmap", "weighting": "cosmap"}, "count twice"),
+        (SD15, {"weighting": "p2", "p2_k": 0.0}, "p2_k is 0.0"),
+        (SD15, {"density": "beta", "density_alpha": 0.2}, "use 0.5 or more"),
+        (SD15, {"density_shift": 0.0}, "objective.density_shift is 0.0"),
+        (SD15, {"noise_range": (0.8, 0.2)}, "objective.noise_range is 0.8 to 0.2"),
+        (SD15, {"huber_schedule": "snr"}, "has no delta to schedule"),
+        (SD15, {"loss": "huber", "huber_schedule": "snrr"}, "did you mean snr?"),
+        (SD15, {"noise": NoiseShape(offset=0.1, pyramid=0.3)}, "both add low frequencies"),
+        (FLOW, {"noise": NoiseShape(offset=0.1)}, "ends in pure noise"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(
@@ -259,3 +364,26 @@ def test_old_configs_without_prediction_type_mean_epsilon() -> None:
     assert build_objective(SD15).prediction == "epsilon"
     assert build_objective({**SD15, "prediction_type": "v_prediction"}).prediction == "v_prediction"
     assert build_objective(FLOW).prediction == "flow"
+
+
+def test_density_shift_and_range_move_the_timesteps() -> None:
+    """Squeezed, not cut off: the whole density on the part that is trained."""
+    u = torch.linspace(0.0005, 0.9995, 1000)
+    half = build_objective(SD15, noise_range=(0.5, 1.0)).timesteps(u)
+    assert half.min() == 500 and half.max() == 999 and len(half.unique()) == 500
+    noisy = build_objective(SD15, density_shift=3.0).timesteps(u)
+    assert noisy[500] == int(1000 * 3 * u[500] / (1 + 2 * u[500]))
+    both = build_objective({**FLOW, "shift": 3.0}, density_shift=3.0).timesteps(torch.tensor([0.5]))
+    torch.testing.assert_close(both, torch.tensor([1000 * 3 * 0.75 / (1 + 2 * 0.75)]))
+
+
+def test_loss_is_distance_to_the_target(batch: Batch) -> None:
+    """The teacher's question goes through the same weighting, loss and mask."""
+    x0, noise, u = batch
+    objective = build_objective(config_for("v_prediction"), weighting="min_snr", loss="huber")
+    timesteps = objective.timesteps(u)
+    mask = torch.ones(8, 1, 6, 5)
+    target = objective.target(x0, noise, timesteps)
+    assert torch.equal(
+        objective.loss(x0, x0, noise, timesteps, mask), objective.distance(x0, target, timesteps, mask)
+    )

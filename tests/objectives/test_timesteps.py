@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from diffusers.training_utils import compute_density_for_timestep_sampling
@@ -63,3 +64,16 @@ def test_mode_is_the_papers_map_read_backwards(scale: float) -> None:
 def test_positive_mean_favours_noise() -> None:
     """The paper's sign, stated because diffusers' scripts end up with the other one."""
     assert DENSITIES["logit_normal"](torch.tensor([0.5]), DensityParameters(mean=1.0)).item() > 0.7
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(0.6, 0.6), (0.5, 0.5), (1.0, 1.0), (2.0, 5.0), (3.0, 1.5)])
+def test_beta_has_its_moments_and_its_published_quantiles(alpha: float, beta: float) -> None:
+    """Mean a / (a + b), variance a b / ((a + b)^2 (a + b + 1)), and draws of numpy's own beta."""
+    u = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
+    s = DENSITIES["beta"](u, DensityParameters(alpha=alpha, beta=beta))
+    total = alpha + beta
+    assert s.mean().item() == pytest.approx(alpha / total, abs=1e-4)
+    assert s.var().item() == pytest.approx(alpha * beta / (total**2 * (total + 1)), abs=1e-4)
+    drawn = torch.from_numpy(np.random.default_rng(0).beta(alpha, beta, 400_000))
+    ours = DENSITIES["beta"](QUANTILES.double(), DensityParameters(alpha=alpha, beta=beta))
+    torch.testing.assert_close(ours, torch.quantile(drawn, QUANTILES.double()), rtol=0, atol=0.005)

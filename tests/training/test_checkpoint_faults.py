@@ -13,12 +13,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from finetune.errors import StorageError
+from finetune.training import checkpoint
 from finetune.training.checkpoint import TrainState, latest_checkpoint, save_checkpoint
 from tests.checkpoints import (
     assert_whole,
@@ -119,9 +121,24 @@ def small_disk(folder: Path, size: int) -> Iterator[None]:
             subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+def test_room_on_the_disk_is_asked_before_a_byte_is_written(tmp_path: Path, monkeypatch) -> None:
+    """Code 5 with what is needed and what is free; the previous checkpoint is not even looked at."""
+    save(tmp_path, 1)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda place: SimpleNamespace(free=(1 << 20) + 7999))
+    with pytest.raises(StorageError) as caught:
+        save_checkpoint(tmp_path, TrainState(2, 8, 0, 1.0), {"adapter": {"w": torch.ones(2000)}}, {}, keep=1)
+    assert caught.value.exit_code == 5
+    assert "checkpoint-000002 cannot be saved; untouched on disk: checkpoint-000001" in str(caught.value)
+    assert "free some space" in str(caught.value)
+    assert names(tmp_path) == ["checkpoint-000001"]
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda place: SimpleNamespace(free=(1 << 20) + 8000))
+    save_checkpoint(tmp_path, TrainState(2, 8, 0, 1.0), {"adapter": {"w": torch.ones(2000)}}, {}, keep=1)
+
+
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
-def test_full_disk_keeps_the_previous_checkpoint(tmp_path: Path, share: float) -> None:
-    """Code 5 with the bytes needed and free; nothing half-written stays behind."""
+def test_full_disk_keeps_the_previous_checkpoint(tmp_path: Path, share: float, monkeypatch) -> None:
+    """Somebody else fills the disk while we write: code 5, the bytes, and nothing half-written stays behind."""
+    monkeypatch.setattr(checkpoint, "check_room", lambda *ignored: None)
     folder, large = tmp_path / "disk", torch.ones(100_000)
     size = 60_000 + int(800_000 * share)
     with small_disk(folder, size):

@@ -12,17 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from finetune.config import OptimizerConfig
 from finetune.errors import CheckpointError, ConfigError
 from finetune.storage import read_safetensors, write_safetensors
-from finetune.training.optimizers import (
-    OPTIMIZERS,
-    BuiltOptimizer,
-    build_optimizer,
-    load_optimizer_state,
-    optimizer_state,
-    set_learning_rate,
-    state_bytes,
-)
+from finetune.training.optimizer_state import load_optimizer_state, optimizer_state, state_bytes
+from finetune.training.optimizers import OPTIMIZERS, BuiltOptimizer, build_optimizer, set_learning_rate
+
+BY_PATH = ("torch.optim.RAdam", "torch.optim.SGD", "pytorch_optimizer.StableAdamW")
+EVERY = (*OPTIMIZERS, *BY_PATH)
 
 SHAPES = {
     "unet.a.lora_A.weight": (32, 32),  # 1024 elements: the smallest that is kept in 8 bits
@@ -30,7 +27,6 @@ SHAPES = {
     "unet.conv.lora_A.weight": (65, 9, 3, 3),  # 5265: the last block of 256 is not full
     "text_encoder.b.lora_A.weight": (4, 8),
 }
-SETTINGS: dict[str, Any] = {"betas": (0.9, 0.99), "weight_decay": 0.01, "eps": 1e-8}
 CPU = torch.device("cpu")
 
 
@@ -39,14 +35,17 @@ def make_parameters() -> dict[str, Parameter]:
     return {name: Parameter(torch.randn(shape, generator=generator)) for name, shape in SHAPES.items()}
 
 
-def build(name: str, parameters: dict[str, Parameter], device: torch.device = CPU) -> BuiltOptimizer:
+def build(
+    name: str, parameters: dict[str, Parameter], device: torch.device = CPU, **settings: Any
+) -> BuiltOptimizer:
     unet = [p for n, p in parameters.items() if n.startswith("unet")]
     text = [p for n, p in parameters.items() if n.startswith("text")]
+    rates = (1.0, 1.0) if name == "prodigy" else (1e-2, 5e-3)
     groups = [
-        {"params": unet, "lr": 1e-2, "name": "unet"},
-        {"params": text, "lr": 5e-3, "name": "text_encoder"},
+        {"params": unet, "lr": rates[0], "name": "unet"},
+        {"params": text, "lr": rates[1], "name": "text_encoder"},
     ]
-    return build_optimizer(name, groups, device=device, **SETTINGS)
+    return build_optimizer(OptimizerConfig(name=name, **settings), groups, device)
 
 
 def take_steps(built: BuiltOptimizer, parameters: dict[str, Parameter], start: int, stop: int) -> None:
@@ -63,7 +62,7 @@ def names_of(parameters: dict[str, Parameter]) -> dict[Parameter, str]:
     return {parameter: name for name, parameter in parameters.items()}
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("cut", [0, 1, 4])
 def test_resume_is_bit_exact(name: str, cut: int, tmp_path: Path) -> None:
     """7 steps at once = cut + the rest through files, in weights and in every byte of state."""
@@ -139,10 +138,12 @@ def test_8_bit_walks_like_32_bit() -> None:
 def test_each_group_keeps_its_own_rate(name: str) -> None:
     """A text encoder's smaller rate must not be lost when the schedule moves."""
     built = build(name, make_parameters())
-    set_learning_rate(built.optimizer, 0.5)
-    assert [float(group["lr"]) for group in built.optimizer.param_groups] == pytest.approx([5e-3, 2.5e-3])
-    set_learning_rate(built.optimizer, 1.0)
-    assert [float(group["lr"]) for group in built.optimizer.param_groups] == pytest.approx([1e-2, 5e-3])
+    own = [group["initial_lr"] for group in built.optimizer.param_groups]
+    assert own == ([1.0, 1.0] if name == "prodigy" else [1e-2, 5e-3])
+    for factor in (0.5, 1.0):
+        set_learning_rate(built.optimizer, factor)
+        rates = [float(group["lr"]) for group in built.optimizer.param_groups]
+        assert rates == pytest.approx([factor * rate for rate in own])
 
 
 def test_a_tensor_rate_is_filled_in_place() -> None:
@@ -176,10 +177,38 @@ def test_missing_bitsandbytes_is_refused_with_the_remedy(monkeypatch: pytest.Mon
         build("adamw8bit", make_parameters())
 
 
-def test_an_unknown_name_gets_the_nearest() -> None:
-    """A typing mistake costs one reading, not one search."""
-    with pytest.raises(ConfigError, match=r"'adamw8bits' \(did you mean adamw8bit\?\)"):
-        build("adamw8bits", make_parameters())
+@pytest.mark.parametrize(
+    ("name", "settings", "expected"),
+    [
+        ("torch.optim.RAdamW", {}, r"torch\.optim has no RAdamW \(did you mean RAdam\?\)"),
+        ("nowhere.Optimizer", {}, "needs the package nowhere, which is missing"),
+        ("torch.nn.Linear", {}, r"torch\.nn\.Linear is no torch\.optim\.Optimizer"),
+        ("prodigy", {"options": {"d_coeff": 2}}, r"'d_coeff' \(did you mean d_coef\?\)"),
+        ("adafactor", {"betas": (0.9, 0.99)}, "Adafactor has no such setting"),
+        ("torch.optim.SGD", {"options": {"momentum": -1}}, "SGD refuses its settings: Invalid momentum"),
+    ],
+)
+def test_what_cannot_be_built_is_named(name: str, settings: dict[str, Any], expected: str) -> None:
+    """Any class may be named, so every mistake in naming it needs words."""
+    with pytest.raises(ConfigError, match=expected):
+        build(name, make_parameters(), **settings)
+
+
+def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prodigy and its like are extras; the message is the command to type."""
+    monkeypatch.setitem(sys.modules, "prodigyopt", None)
+    with pytest.raises(ConfigError, match=r"pip install 'finetune\[optimizers\]'"):
+        build("prodigy", make_parameters())
+
+
+def test_prodigy_refuses_two_rates() -> None:
+    """It finds one step size; two would fail in the first step, after the base is loaded and encoded."""
+    groups = [
+        {"params": [Parameter(torch.ones(2))], "lr": 1.0, "name": "a"},
+        {"params": [Parameter(torch.ones(2))], "lr": 0.5, "name": "b"},
+    ]
+    with pytest.raises(ConfigError, match=r"learning rates 0\.5, 1"):
+        build_optimizer(OptimizerConfig(name="prodigy"), groups, CPU)
 
 
 def saved_state(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from accelerate import Accelerator
 
+from finetune.errors import NumericError
+from finetune.training import step
 from finetune.training.step import _move_parameters
 
 
@@ -51,3 +56,34 @@ def test_without_scaling_a_gradient_that_is_not_finite_is_reported(poison):
     _, finite = _move_parameters([parameter], optimizer, None, 1.0, loss)
     assert not bool(finite)
     assert torch.isfinite(parameter).all()
+
+
+def test_a_parameter_without_a_gradient_stops_the_first_step():
+    """A text encoder behind frozen embeddings once trained for nobody knows how many people: it never moved."""
+    reached, unreached = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    batch = SimpleNamespace(images_in_step=1, loss_weight=torch.ones(1))
+    asked = lambda batch: (reached.sum() ** 2)[None]  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "batch_losses", lambda *arguments: asked(batch))
+        with pytest.raises(NumericError) as caught:
+            step.training_step(
+                torch.nn.Identity(), None, [batch], {"unet.a": reached, "unet.b": unreached},
+                torch.optim.SGD([reached, unreached], lr=0.1), Accelerator(cpu=True), 1.0,
+            )  # fmt: skip
+    assert caught.value.exit_code == 6 and caught.value.problems == ("unet.b",)
+    assert reached.tolist() == [1.0, 1.0], "nothing moves before the check"
+
+
+def test_another_question_adds_its_gradient_and_its_own_line():
+    """The teacher's loss pulls in the same step and is not mixed into the loss of the pictures."""
+    weight = torch.nn.Parameter(torch.ones(1))
+    batch = SimpleNamespace(images_in_step=2, loss_weight=torch.tensor([1.0, 0.5]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "batch_losses", lambda *arguments: weight * torch.tensor([2.0, 4.0]))
+        result = step.training_step(
+            torch.nn.Identity(), None, [batch], {"w": weight}, torch.optim.SGD([weight], lr=1.0),
+            Accelerator(cpu=True), 100.0, lambda batch: weight * torch.tensor([6.0, 4.0]),
+        )  # fmt: skip
+    assert float(result.loss) == 2.0 and float(result.teacher) == 4.0
+    assert float(result.grad_norm) == pytest.approx(6.0) and weight.item() == pytest.approx(-5.0)
+    assert result.picture_losses[0].tolist() == [2.0, 4.0]

@@ -20,7 +20,7 @@ from finetune import load_run, make_run, train
 from finetune.adapters.files import AdapterFile
 from finetune.errors import CheckpointError, ConfigError, DataError, NumericError
 from finetune.tracking import read_metrics
-from finetune.training.trainer import training_step
+from finetune.training.loop import training_step
 from tests.conftest import ROOT, command, finetune
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -133,28 +133,6 @@ def test_an_edited_caption_is_noticed(document, tmp_path):
     assert "instance/02.png is gone" in str(caught.value)
 
 
-def test_two_processes_see_the_training_of_one(document, tmp_path):
-    """Draws belong to samples: two processes with half the batch each end where one process does."""
-    document |= {
-        "optimizer": {"name": "adamw", "learning_rate": 1e-3},
-        "train": {"steps": 5, "batch_size": 4, "log_every": 1, "trackers": [], "gradient_checkpointing": False},
-    }
-    train(make_run(document | {"output_dir": str(tmp_path / "one")}))
-    document["train"] = document["train"] | {"batch_size": 2}
-    path = tmp_path / "two.yaml"
-    path.write_text(json.dumps(document | {"output_dir": str(tmp_path / "two"), "export": {"formats": []}}))
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         "-m", "finetune", "train", str(path)],
-        cwd=ROOT, env=ENVIRONMENT | {"ACCELERATE_USE_CPU": "true"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    one, two = (AdapterFile.read(tmp_path / name / "adapter.safetensors").tensors for name in ("one", "two"))
-    start_to_end = max(float(one[name].abs().max()) for name in one if name.endswith("lora_B.weight"))
-    for name, tensor in one.items():
-        assert torch.allclose(tensor, two[name], atol=start_to_end * 1e-2), name
-
-
 def test_the_loss_of_a_class_picture_is_weighted(document, tmp_path):
     """prior_loss_weight multiplies a class picture's loss, and nothing else."""
     document["data"] = document["data"] | {
@@ -173,7 +151,7 @@ def test_the_loss_of_a_class_picture_is_weighted(document, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_pictures(document, monkeypatch):
     """Garbage is never applied and never saved; the last checkpoint is the last good state."""
-    from finetune.training import trainer
+    from finetune.training import loop
 
     def poisoned(model, objective, batches, *rest):
         if poisoned.step == 2:
@@ -182,7 +160,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_pictures(document
         return training_step(model, objective, batches, *rest)
 
     poisoned.step = 0
-    monkeypatch.setattr(trainer, "training_step", poisoned)
+    monkeypatch.setattr(loop, "training_step", poisoned)
     with pytest.raises(NumericError, match=r"(?s)Step 3 .*its pictures were .*\.png"):
         train(make_run(document))
     run = Path(document["output_dir"])
@@ -199,7 +177,7 @@ def test_user_errors_are_words_not_tracebacks(document, tmp_path, capsys, monkey
         (["train", path, "--set", "adapter.rnak=3"], 2, "did you mean rank?"),
         (["train", path, "--set", "data.folder=nowhere"], 3, "data.folder=nowhere is no folder"),
         (["train", path, "--set", "data.trigger=ohwx"], 3, "does not hold the trigger"),
-        (["train", path, "--set", "model.base=nowhere/nothing"], 2, "neither a folder here nor a hub id"),
+        (["train", path, "--set", "model.base=nowhere/nothing"], 2, "neither a folder or file here nor a hub id"),
         (["train", path, "--set", "validation.holdout=99"], 2, "leaves nothing to train on"),
         (["train", path, "--set", "adapter.targets=nonsense"], 2, "matches none of"),
         (["train", path, "--set", "model.dtype=fp16"], 2, "needs a GPU"),
@@ -230,16 +208,16 @@ def test_a_broken_picture_is_named_before_the_base_is_trained(document, tmp_path
 def test_a_stop_during_validation_is_saved_too(document, monkeypatch):
     """The signal may come at any moment between two steps; "everything is saved" must be true each time."""
     from finetune.errors import StoppedOnRequest
-    from finetune.training import trainer
+    from finetune.training import loop
 
-    validate = trainer._validate
+    validate = loop.validate
 
-    def interrupted(loop):
-        if loop.state.step == 2:
+    def interrupted(running):
+        if running.state.step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return validate(loop)
+        return validate(running)
 
-    monkeypatch.setattr(trainer, "_validate", interrupted)
+    monkeypatch.setattr(loop, "validate", interrupted)
     document["train"] = document["train"] | {"steps": 50}
     document["checkpoint"] = {"every": 1000}
     with pytest.raises(StoppedOnRequest, match="after step 3"):

@@ -1,0 +1,254 @@
+"""Step after step: draw, train, and do what is due after it. What is built for it stands in `Loop`."""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from finetune.adapters import AdapterFile, AdapterSet
+from finetune.config import Run
+from finetune.data.batch import Batch, Collator
+from finetune.data.sampler import Draw, Sampler
+from finetune.errors import StoppedOnRequest
+from finetune.families import Components, ModelFamily
+from finetune.objectives import Objective
+from finetune.rng import seed_libraries
+from finetune.tracking import Advance, MetricsLog, Reporter
+from finetune.training.build_data import Pictures
+from finetune.training.checkpoint import Contents, TrainState, save_checkpoint
+from finetune.training.ema import Ema, Mean
+from finetune.training.history import History
+from finetune.training.lr_schedules import learning_rates
+from finetune.training.meter import Meter, Policy
+from finetune.training.optimizer_state import optimizer_state
+from finetune.training.optimizers import BuiltOptimizer, set_learning_rate
+from finetune.training.samples import SampleSheets
+from finetune.training.signals import Requests
+from finetune.training.step import StepResult, training_step
+from finetune.training.teacher import Teacher
+from finetune.training.validation import BANDS, Ratio, Validator
+
+
+@dataclass
+class Loop:
+    """What the loop works on; `state`, `validation` and `history` change as it goes.
+
+    Attributes:
+        ema: the running mean, if the run keeps one.
+        mean: what stands in for the parameters when they are judged, rendered and exported: `ema`, or the
+            optimizer's own mean, or None.
+        sheets: None in all but the first process.
+        documents: what a checkpoint must match to be resumed.
+        judged_on: what validation measures on, in words.
+    """
+
+    run: Run
+    family: ModelFamily
+    components: Components
+    adapters: AdapterSet
+    model: nn.Module
+    objective: Objective
+    optimizer: BuiltOptimizer
+    ema: Ema | None
+    mean: Mean | None
+    teacher: Teacher | None
+    sampler: Sampler
+    collator: Collator
+    validator: Validator | None
+    sheets: SampleSheets | None
+    accelerator: Accelerator
+    reporter: Reporter
+    documents: dict[str, Any]
+    judged_on: str
+    history: History
+    pictures: Pictures
+    state: TrainState = field(default_factory=lambda: TrainState(step=0, samples_seen=0, epoch=0, seconds=0.0))
+    validation: Ratio | None = None
+
+    def draws(self, step: int) -> list[list[Draw]]:
+        """The pictures of optimizer step `step`, from 0, over all processes."""
+        return self.sampler.step(step, self.run.train.gradient_accumulation_steps)
+
+    def names(self, step: int) -> list[str]:
+        """Their file names."""
+        return self.collator.names([draw for draws in self.draws(step) for draw in draws])
+
+    def stopped_early(self) -> bool:
+        """Whether validation has not become better for as long as the run is patient."""
+        patience = self.run.validation.patience
+        return bool(patience) and self.history.stale() >= patience
+
+    def adapter_file(self, mean: Mean | None) -> AdapterFile:
+        """The adapter as it is now, or its mean, with its header."""
+        run = self.run
+        tensors = self.adapters.state()
+        if mean is not None:
+            tensors = {name: value.detach().float().cpu().clone() for name, value in mean.state().items()}
+        return self.adapters.to_file(
+            tensors,
+            family=self.family.name,
+            base=self.components.source,
+            base_digest=self.components.digest,
+            trigger_words=run.trigger_words(),
+            run_digest=run.digest(),
+            step=self.state.step,
+        )
+
+
+def run_loop(loop: Loop, requests: Requests) -> None:
+    """Train until the last step, until validation is no longer better, or until a request or bad numbers stop it.
+
+    Raises:
+        StoppedOnRequest: after everything is saved.
+        NumericError: naming the pictures; nothing of the bad step is saved.
+    """
+    run, accelerator = loop.run, loop.accelerator
+    # keep: a run that begins anew writes its step 0 anew, so nothing of a start that was killed before may stay.
+    kept = loop.state.step or -1
+    log = MetricsLog(run.output_dir / "metrics.jsonl", kept) if accelerator.is_main_process else None
+    accelerator.init_trackers("tracking", init_kwargs={"tensorboard": {"purge_step": loop.state.step + 1}})
+    if loop.validator and loop.state.step == 0:
+        _record(loop, log, 0, validate(loop))
+    meter = Meter(
+        accelerator, Policy(run.train.on_spike, run.train.spike_deviations, run.train.tolerate_nonfinite)
+    )
+    rate_at = learning_rates(run.optimizer, run.train.steps)
+    loop.model.train()
+    requests.listening = True
+    before, started = loop.state.seconds, time.perf_counter()
+    with loop.reporter.progress("Training", run.train.steps, loop.state.step) as advance:
+        for step in range(loop.state.step, run.train.steps):
+            if loop.stopped_early():
+                break
+            meter.add(step, *one_step(loop, step, rate_at(step)))
+            loop.state = _moved_on(loop, step, before + time.perf_counter() - started)
+            stopping, saving = _agreed(requests, accelerator)
+            _after_step(loop, log, meter, advance, rate_at(step), stopping=stopping)
+            if saving and not stopping:
+                save(loop)
+                loop.reporter.note(f"Saved after step {step + 1}, as asked.")
+            if stopping:
+                why = requests.stop or "another process was asked"
+                raise StoppedOnRequest(
+                    f"Stopped after step {step + 1} of {run.train.steps} ({why}); everything is saved. "
+                    "The same command goes on from here."
+                )
+
+
+def one_step(loop: Loop, step: int, rate: float) -> tuple[StepResult, list[Batch]]:
+    """Draw the pictures of a step and train on them; what it measured, and this process's batches, on the CPU."""
+    run, accelerator = loop.run, loop.accelerator
+    set_learning_rate(loop.optimizer.optimizer, rate)
+    batches = loop.collator.step(step, loop.draws(step), accelerator.process_index, accelerator.num_processes)
+    seed_libraries(run.train.seed, step, accelerator.process_index)
+    moving = loop.adapters.moving(step, run.train.steps, keep_graph=accelerator.num_processes > 1)
+    result = training_step(
+        loop.model, loop.objective, [batch.to(accelerator.device) for batch in batches],
+        moving, loop.optimizer.optimizer, accelerator, run.optimizer.max_grad_norm,
+        loop.teacher.question(step) if loop.teacher else None,
+    )  # fmt: skip
+    loop.adapters.after_step(moving)
+    if loop.ema:
+        loop.ema.update(step + 1)
+    return result, batches
+
+
+def _moved_on(loop: Loop, step: int, seconds: float) -> TrainState:
+    return TrainState(
+        step=step + 1,
+        samples_seen=loop.state.samples_seen + sum(len(draws) for draws in loop.draws(step)),
+        epoch=loop.sampler.epoch_of((step + 1) * loop.run.train.gradient_accumulation_steps),
+        seconds=seconds,
+    )
+
+
+def _after_step(
+    loop: Loop, log: MetricsLog | None, meter: Meter, advance: Advance, rate: float, *, stopping: bool
+) -> None:
+    """Log, validate, save and render where they are due after the step that `loop.state` counts."""
+    run, step = loop.run, loop.state.step
+    last = step == run.train.steps or stopping
+
+    def due(every: int) -> bool:
+        return bool(every) and (last or step % every == 0)
+
+    best = False
+    if due(run.train.log_every) or due(run.checkpoint.every) or due(run.validation.every):
+        reading = meter.read(loop.names)
+        for warning in reading.warnings:
+            loop.reporter.warn(warning)
+        values: dict[str, Any] = {**reading.values, "learning_rate": rate * run.optimizer.learning_rate}
+        values["epoch"] = loop.state.epoch
+        if loop.validator and due(run.validation.every) and not stopping:
+            values |= validate(loop)
+            assert loop.validation is not None, "just measured"
+            best = loop.history.add(step, loop.validation)
+        _record(loop, log, step, values)
+        meter.detail = _detail(loop, reading.values)
+    advance(step, meter.detail)
+    if due(run.checkpoint.every) or (best and run.checkpoint.keep_best) or loop.stopped_early():
+        save(loop)
+    if loop.sheets and run.samples.every and step % run.samples.every == 0 and not last:
+        with loop.mean.swapped() if loop.mean else nullcontext():
+            loop.sheets.render(step, loop.reporter)
+
+
+def _detail(loop: Loop, values: dict[str, float]) -> str:
+    ratio = "" if loop.validation is None else f"  val/base {loop.validation.value:.3f}"
+    return f"loss {values['loss']:.4f}{ratio}" if "loss" in values else f"loss not finite{ratio}"
+
+
+def validate(loop: Loop) -> dict[str, Any]:
+    """Measure the ratio to the base; what goes into the log."""
+    assert loop.validator is not None, "called only when validation is on"
+    with loop.mean.swapped() if loop.mean else nullcontext():
+        ratio = loop.validator.measure(loop.model, loop.adapters, loop.accelerator)
+    loop.validation = ratio
+    bands = {f"validation/{band}": value for band, value in zip(BANDS, ratio.bands, strict=False)}
+    return {"validation/loss": ratio.loss, "validation/ratio": ratio.value, "validation/error": ratio.error, **bands}
+
+
+def _record(loop: Loop, log: MetricsLog | None, step: int, values: dict[str, Any]) -> None:
+    if log is not None:
+        log.write(step, values)
+    loop.accelerator.log(values, step=step)
+
+
+def _agreed(requests: Requests, accelerator: Accelerator) -> tuple[bool, bool]:
+    """Whether any process was asked to stop, and to save; all processes get the same answer."""
+    if accelerator.is_main_process:
+        requests.look()
+    stop, save_now = requests.stop is not None, requests.save
+    requests.save = False
+    if accelerator.num_processes > 1:
+        asked = torch.tensor([float(stop), float(save_now)], device=accelerator.device)
+        stop, save_now = (accelerator.reduce(asked, "sum") > 0).tolist()
+    return stop, save_now
+
+
+def save(loop: Loop) -> None:
+    """Write a checkpoint; only the main process does."""
+    if not loop.accelerator.is_main_process:
+        return
+    run = loop.run
+    tensors, scalars = optimizer_state(
+        loop.optimizer.optimizer, {p: name for name, p in loop.adapters.named_parameters().items()}
+    )
+    files: dict[str, Contents] = {"adapter": loop.adapter_file(None), "optimizer": tensors}
+    if loop.mean:
+        files["ema"] = loop.adapter_file(loop.mean)
+    documents = loop.documents | {"optimizer": scalars, "validation": loop.history.document()}
+    if loop.accelerator.scaler is not None:
+        documents["scaler"] = loop.accelerator.scaler.state_dict()
+    best = loop.history.best() if run.checkpoint.keep_best else None
+    save_checkpoint(
+        run.output_dir, loop.state, files, documents, run.checkpoint.keep,
+        spare=lambda step: step == (best.step if best else None)
+        or (bool(run.checkpoint.keep_every) and step % run.checkpoint.keep_every == 0),
+    )  # fmt: skip

@@ -1,0 +1,190 @@
+"""`finetune plan`: what a run will do, take and leave, before any of it is paid for. Nothing is trained or saved.
+
+Cheap things come first: the folder of pictures, the run that may be there already, trackers and launcher. Then the base
+is loaded and the rest is counted; memory is predicted on the meta device (`memory`), time only by measuring.
+"""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import time
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from finetune.config import Run
+from finetune.data.dataset import Picture
+from finetune.data.sampler import Item, Sampler
+from finetune.families.base import Conditioning, SizeConditioning
+from finetune.tracking import Reporter, Rows
+from finetune.training import build, plan, preflight, resume, setup
+from finetune.training.lock import hold
+from finetune.training.loop import one_step
+from finetune.training.lr_schedules import learning_rates
+from finetune.training.memory import CUDA_OVERHEAD, META, Memory, on_meta, predict
+from finetune.training.optimizers import build_optimizer
+from finetune.training.setup import Loaded
+
+DOCUMENTS = 100_000
+"""Bytes of a checkpoint's documents, roughly."""
+GIB = 2**30
+
+
+def plan_run(run: Run, reporter: Reporter, measure: int = 0) -> None:
+    """Say what `run` will do; with `measure`, encode the pictures and time so many real steps that are thrown away.
+
+    Raises:
+        UserError: for everything that would stop the run before its first step.
+    """
+    preflight.check(run)
+    found = resume.find(run, resume.Resume())
+    accelerator, dtype = build.build_accelerator(run.model.dtype, run.output_dir, run.train.trackers)
+    loaded = setup.load(run, dtype, reporter, fresh=found is None)
+    optimizer = build_optimizer(run.optimizer, loaded.adapters.parameter_groups(), torch.device("cpu"))
+    processes = accelerator.num_processes
+    sampler = Sampler(_items(run, loaded), run.train.batch_size * processes, run.train.seed)
+    rows = [("Base model", f"{loaded.components.source} ({loaded.family.name}), {dtype} on {accelerator.device.type}")]
+    rows += [*plan.data_rows(run, loaded.cut, loaded.pictures), *_class_rows(run), *loaded.adapters.describe()]
+    rows += plan.step_rows(run, sampler, processes, optimizer)
+    if found is not None:
+        rows.append(("There already", f"{found.path.name}; `finetune train` goes on from it"))
+    reporter.table("Plan", rows)
+    plan.tell_problems(reporter, loaded.pictures)
+    for note in optimizer.notes:
+        reporter.warn(note)
+    reporter.table("Memory of one process", memory_rows(run, loaded, accelerator.device))
+    reporter.table("Disk", disk_rows(run, loaded))
+    preflight.check_disk(run, loaded.adapters)
+    if measure:
+        reporter.table("Time", _measured(run, reporter, measure))
+    else:
+        reporter.note("Time depends on the machine: `finetune plan ... --measure 5` times five real steps.")
+
+
+def _items(run: Run, loaded: Loaded) -> list[Item]:
+    """What the sampler will see, class pictures that are still to be rendered included."""
+    items = [picture.item() for picture in loaded.pictures.training]
+    if run.data.prior is None:
+        return items
+    subject = [item for item in items if not item.is_class]
+    missing = max(0, run.data.prior.images - (len(items) - len(subject)))
+    return items + [replace(subject[i % len(subject)], repeats=1, is_class=True) for i in range(missing)]
+
+
+def _class_rows(run: Run) -> Rows:
+    prior = run.data.prior
+    if prior is None:
+        return plan.teacher_rows(run)
+    folder = prior.folder or run.output_dir / "class_images"
+    have = sum(path.is_file() for path in folder.iterdir()) if folder.is_dir() else 0
+    return [("Class", f"{prior.images} pictures, weight {prior.prior_loss_weight:g}; {have} files are in {folder}")]
+
+
+def memory_rows(run: Run, loaded: Loaded, device: torch.device) -> Rows:
+    """The predicted peak of a step at the largest bucket, by parts."""
+    model = setup.trainable(run, loaded)
+    largest = max(loaded.pictures.training, key=lambda p: p.placement.bucket[0] * p.placement.bucket[1])
+    try:
+        memory = predict(
+            model, partial(_forward, run, loaded, largest), run.optimizer, mean=run.train.ema_decay is not None
+        )
+    except (NotImplementedError, RuntimeError) as error:
+        return [("Not predicted", f"this base cannot be played without its content: {str(error).splitlines()[0]}")]
+    return _memory_table(memory, device)
+
+
+def _memory_table(memory: Memory, device: torch.device) -> Rows:
+    overhead = CUDA_OVERHEAD if device.type == "cuda" else 0
+    rows = [
+        ("Base, frozen", _size(memory.weights)),
+        ("Trained parameters", _size(memory.trained)),
+        ("Optimizer state", _size(memory.optimizer)),
+        *([("Running mean", _size(memory.mean))] if memory.mean else []),
+        ("Activations and gradients", f"{_size(memory.step)} at the peak, counted on the meta device"),
+        *([("The accelerator itself", f"{_size(overhead)}, roughly")] if overhead else []),
+        ("Together", _size(memory.total() + overhead)),
+    ]
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        rows.append(("On this device", f"{_size(free)} free of {_size(total)}"))
+    return rows
+
+
+def _forward(run: Run, loaded: Loaded, picture: Picture, model: nn.Module) -> Tensor:
+    """The loss of one pass of a full batch of the largest pictures, without content."""
+    count, dtype = run.train.batch_size, next(p.dtype for p in loaded.components.denoiser.parameters())
+    vae = loaded.components.vae
+    assert vae is not None, "the autoencoder is loaded with the base"
+    stride = loaded.family.vae_stride(vae)
+    height, width = picture.placement.bucket
+    channels = int(vae.config.latent_channels)
+    latents = torch.empty(count, channels, height // stride, width // stride, device=META)
+    objective = loaded.objective.to(META)
+    timesteps = objective.timesteps(torch.empty(count, device=META))
+    pairs = torch.empty(count, 2, dtype=torch.long, device=META)
+    conditioning, tokens = _text(run, loaded, count)
+    noisy = objective.add_noise(latents, latents, timesteps).to(dtype)
+    answer = model(noisy, timesteps, conditioning, tokens, SizeConditioning(pairs, pairs, pairs))
+    return objective.loss(answer.float(), latents, latents, timesteps).mean()
+
+
+def _text(run: Run, loaded: Loaded, count: int) -> tuple[Conditioning | None, dict[str, Tensor] | None]:
+    ids = loaded.family.tokenize(loaded.components.tokenizers, ["a"] * count)
+    tokens = {name: tensor.to(META) for name, tensor in ids.items()}
+    if run.trains_text():
+        return None, tokens
+    encoders = {name: on_meta(encoder) for name, encoder in loaded.components.text_encoders.items()}
+    with torch.no_grad():
+        return loaded.family.encode_prompts(encoders, tokens), None
+
+
+def disk_rows(run: Run, loaded: Loaded) -> Rows:
+    """What the run writes at most, and what is free."""
+    one = preflight.checkpoint_bytes(run, loaded.adapters) + DOCUMENTS
+    kept = run.checkpoint.keep + run.checkpoint.keep_best
+    if run.checkpoint.keep_every:
+        kept += run.train.steps // run.checkpoint.keep_every
+    place = next(path for path in (run.output_dir, *run.output_dir.absolute().parents) if path.exists())
+    return [
+        ("Checkpoints", f"{kept} of {_size(one)} at most, and one more while it is written: {_size((kept + 1) * one)}"),
+        ("Free", f"{_size(shutil.disk_usage(place).free)} in {place}"),
+    ]
+
+
+def _measured(run: Run, reporter: Reporter, count: int) -> Rows:
+    """Time `count` real steps after one that warms up; they are thrown away, encoded pictures stay in the cache."""
+    with hold(run.output_dir):
+        accelerator, dtype = build.build_accelerator(run.model.dtype, run.output_dir, ())
+        loop, _ = setup.build_loop(run, accelerator, dtype, reporter, fresh=True)
+    loop.model.train()
+    cuda = accelerator.device.type == "cuda"
+    seconds, rate_at = [], learning_rates(run.optimizer, run.train.steps)
+    with reporter.progress("Measuring steps", count + 1) as advance:
+        for step in range(count + 1):
+            started = time.perf_counter()
+            one_step(loop, step % run.train.steps, rate_at(step))
+            if cuda:
+                torch.cuda.synchronize(accelerator.device)
+            seconds.append(time.perf_counter() - started)
+            advance(step + 1, f"{seconds[-1]:.2f} s")
+    typical = statistics.median(seconds[1:])
+    rows = [
+        ("One step", f"{typical:.3f} s, the median of {count}"),
+        ("All steps", f"{_duration(typical * run.train.steps)} for {run.train.steps}, without validation and samples"),
+    ]
+    if cuda:
+        rows.append(("Memory, measured", _size(torch.cuda.max_memory_allocated(accelerator.device))))
+    return rows
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:.1f} MiB"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,0 +1,61 @@
+"""What can be known before anything is paid for: the folder of pictures, room on the disk, what killed runs left."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from finetune.adapters import AdapterSet
+from finetune.config import Run
+from finetune.errors import DataError
+from finetune.training.checkpoint import check_room, clean
+
+LEFTOVER = re.compile(r"\.(?P<name>.+)\.(part|old)-\d+-[0-9a-f]{8}")
+"""Names under which this toolkit writes beside; nobody else's files look so."""
+SWEPT = (".", "samples", "tracking")
+"""Folders of a run that only its trainer writes."""
+
+
+def sweep(folder: Path) -> list[Path]:
+    """Remove half-written files, folders and checkpoints of killed starts of this run; what was removed.
+
+    Only for who holds the folder's lock. What was moved aside goes only if what replaces it is there.
+    """
+    removed = clean(folder)
+    for place in (folder / name for name in SWEPT):
+        for path in sorted(place.iterdir()) if place.is_dir() else ():
+            match = LEFTOVER.fullmatch(path.name)
+            if match is None or (".old-" in path.name and not (place / match["name"]).exists()):
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+            removed.append(path)
+    return removed
+
+
+def check(run: Run) -> None:
+    """What a wrong path would cost after a download of gigabytes.
+
+    Raises:
+        DataError: if the pictures are not there.
+    """
+    if not run.data.folder.is_dir():
+        raise DataError(f"data.folder={run.data.folder} is no folder; name the folder that holds the pictures.")
+
+
+def checkpoint_bytes(run: Run, adapters: AdapterSet) -> int:
+    """Bytes of one checkpoint at most: parameters and running mean in fp32, and two 32-bit numbers of state each."""
+    parameters = sum(parameter.numel() for parameter in adapters.named_parameters().values())
+    return 4 * parameters * (3 + bool(run.train.ema_decay))
+
+
+def check_disk(run: Run, adapters: AdapterSet) -> None:
+    """Refuse to start a run whose first checkpoint has no room.
+
+    Raises:
+        StorageError: with what is needed and what is free.
+    """
+    check_room(run.output_dir, run.output_dir / "the first checkpoint", checkpoint_bytes(run, adapters))

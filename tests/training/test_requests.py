@@ -1,0 +1,96 @@
+"""Stop and save on request: by signal, by file, by the clock; once each, and never in the middle of a step."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from finetune import make_run, train
+from finetune.errors import StoppedOnRequest
+from finetune.training import loop
+from finetune.training.signals import SAVE_FILE, STOP_FILE, STOPPING, Requests, requests_from_signals
+
+
+def test_a_file_asks_once_and_is_gone(tmp_path: Path) -> None:
+    """A stop file that stayed would stop the next start as well."""
+    requests = Requests(tmp_path)
+    (tmp_path / STOP_FILE).touch()
+    (tmp_path / SAVE_FILE).touch()
+    requests.look()
+    assert requests.stop == "a file named 'stop' asked for it" and requests.save
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folder_is_looked_at_twice_a_second_at_most(tmp_path: Path) -> None:
+    """On a mounted drive every look is a message over the network."""
+    requests = Requests(tmp_path)
+    requests.look()
+    (tmp_path / STOP_FILE).touch()
+    requests.look()
+    assert requests.stop is None
+    requests._next_look = 0.0
+    requests.look()
+    assert requests.stop is not None
+
+
+def test_files_of_an_earlier_start_are_swept(tmp_path: Path) -> None:
+    """They asked a run that is gone."""
+    (tmp_path / STOP_FILE).touch()
+    requests = Requests(tmp_path)
+    requests.sweep()
+    requests.look()
+    assert requests.stop is None
+
+
+def test_the_clock_stops_a_run(tmp_path: Path) -> None:
+    """Colab ends at its own time; ending before it costs nothing."""
+    requests = Requests(tmp_path, max_hours=1e-12)
+    requests.look()
+    assert requests.stop == "train.max_hours=1e-12 is over"
+    later = Requests(tmp_path, max_hours=1.0)
+    later.look()
+    assert later.stop is None
+
+
+@pytest.mark.parametrize("number", STOPPING)
+def test_the_second_signal_ends_at_once(tmp_path: Path, number: signal.Signals) -> None:
+    """Who presses Ctrl-C twice means it."""
+    with requests_from_signals(Requests(tmp_path)) as requests:
+        requests.listening = True
+        os.kill(os.getpid(), number)
+        assert requests.stop == f"{number.name} came"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+
+
+def test_before_the_loop_a_signal_ends_at_once(tmp_path: Path) -> None:
+    """Nothing is lost while the base loads, so nobody waits for it."""
+    with requests_from_signals(Requests(tmp_path)), pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_saving_on_request_goes_on_and_a_stop_file_ends_with_75(document, monkeypatch) -> None:
+    """SIGUSR2 after step 2 leaves a checkpoint of step 2; `stop` after step 4 one of step 4; both once."""
+    folder, step_of = Path(document["output_dir"]), loop.training_step
+    done = 0
+
+    def asked(*arguments):
+        nonlocal done
+        done += 1
+        if done == 2:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        if done == 4:
+            (folder / STOP_FILE).touch()
+        return step_of(*arguments)
+
+    monkeypatch.setattr(loop, "training_step", asked)
+    monkeypatch.setattr("finetune.training.signals.LOOK_SECONDS", 0.0)
+    document |= {"text_encoder_adapter": None, "validation": {"every": 0}, "checkpoint": {"every": 100}}
+    document["train"] |= {"steps": 50, "batch_size": 1}
+    with pytest.raises(StoppedOnRequest, match=r"after step 4 of 50 \(a file named 'stop'") as caught:
+        train(make_run(document))
+    assert caught.value.exit_code == 75
+    assert sorted(p.name for p in folder.glob("checkpoint-*")) == ["checkpoint-000002", "checkpoint-000004"]
