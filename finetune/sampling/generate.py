@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any, cast
 
 import diffusers
 import torch
@@ -13,21 +13,17 @@ from PIL import Image
 from torch import Tensor
 
 from finetune.adapters.files import AdapterFile
-from finetune.errors import ConfigError, NumericError, nearest
+from finetune.errors import ConfigError, NumericError
 from finetune.families.base import Components, ModelFamily
 from finetune.sampling.apply import adapter_applied, evaluating
-
-SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ddim": ("DDIMScheduler", {}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
-    "dpm++_2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-}
-"""name -> diffusers class and what is set besides the checkpoint's own noise schedule."""
+from finetune.sampling.guides import Guides, pictures_for, steered
+from finetune.sampling.schedulers import SCHEDULERS, build_scheduler
+from finetune.sampling.weighting import emphasise, plain, weights
 
 Progress = Callable[[int, int], None]
 """Called with (denoising steps done, steps in all), over all batches."""
+Applied = tuple[AdapterFile, float]
+"""An adapter and its strength; 1 is as trained."""
 
 
 @torch.no_grad()
@@ -45,7 +41,9 @@ def generate(  # noqa: PLR0913 - what the user chooses, one keyword each
     scheduler: str | None = None,
     batch_size: int = 8,
     progress: Progress | None = None,
-    adapter: AdapterFile | None = None,
+    adapters: Sequence[Applied] = (),
+    guides: Guides | None = None,
+    emphasis: bool = False,
 ) -> list[Image.Image]:
     """One picture per prompt.
 
@@ -64,38 +62,46 @@ def generate(  # noqa: PLR0913 - what the user chooses, one keyword each
         scheduler: a name in SCHEDULERS; None means the checkpoint's own.
         batch_size: pictures per pass; changes speed and memory only.
         progress: see `Progress`.
-        adapter: applied, unmerged, while the pictures are made. None samples the networks as they are,
+        adapters: applied, unmerged, while the pictures are made. None samples the networks as they are,
             including whatever a training run has attached to them.
+        guides: a picture to change, a mask, or a control picture.
+        emphasis: read brackets in prompts as emphasis; see `weighting`. Otherwise they are plain text.
 
     Raises:
         ConfigError: if the arguments contradict each other.
         CheckpointError: if the adapter does not fit the base.
         NumericError: if a picture is not finite.
     """
+    guides = guides or Guides()
     problems = [
+        *guides.problems(),
         *_count_problems(prompts, seeds, steps, batch_size),
         *_size_problems(family, components, {"height": height, "width": width}),
     ]
     if problems:
         raise ConfigError("No picture can be made:", problems)
-    pipeline = build_pipeline(family, components, scheduler)
-    batches = [
-        range(first, min(first + batch_size, len(prompts))) for first in range(0, len(prompts), batch_size)
-    ]
+    batches = [range(len(prompts))[first : first + batch_size] for first in range(0, len(prompts), batch_size)]
     pictures: list[Image.Image] = []
-    with evaluating(components), adapter_applied(family, components, adapter), _one_dtype(family, components):
+    size = _size(family, components, height, width)
+    negative = negative_prompt if guidance_scale > 1 else None
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(components))
+        for file, strength in adapters:
+            stack.enter_context(adapter_applied(family, components, file, strength))
+        stack.enter_context(_one_dtype(family, components))
+        pipeline = steered(build_pipeline(family, components, scheduler), guides)
         for number, batch in enumerate(batches):
-            latents = pipeline(
-                prompt=[prompts[index] for index in batch],
-                negative_prompt=[negative_prompt] * len(batch) if guidance_scale > 1 else None,
+            latents = _run(
+                pipeline,
+                **_words(family, components, [prompts[index] for index in batch], negative, emphasis=emphasis),
+                **_canvas(family, components, pipeline, guides, size, len(batch)),
                 num_inference_steps=steps,
                 guidance_scale=guidance_scale,
-                height=height,
-                width=width,
                 generator=[torch.Generator().manual_seed(seeds[index]) for index in batch],
                 output_type="latent",
-                callback_on_step_end=_reporter(progress, number, steps, len(batches)),
-            ).images
+                callback_on_step_end=_reporter(progress, number, guides.steps(steps), len(batches)),
+            )
+            latents = family.as_picture(latents, *_latent_size(family, components, height, width))
             for index, latent in zip(batch, latents, strict=True):
                 pictures.append(_decode(family, components, latent, f"prompt {index} ({prompts[index]!r})"))
     return pictures
@@ -111,13 +117,15 @@ def build_pipeline(family: ModelFamily, components: Components, scheduler: str |
     parts: dict[str, Any] = {
         family.denoiser: components.denoiser,
         "vae": components.vae,
-        "scheduler": _scheduler(components, scheduler),
+        "scheduler": build_scheduler(components, scheduler),
         **components.text_encoders,
         **{
             name.replace("text_encoder", "tokenizer"): tokenizer
             for name, tokenizer in components.tokenizers.items()
         },
         "requires_safety_checker": False,
+        "add_watermarker": False,
+        **components.pipeline_config,
     }
     arguments = {}
     for name, parameter in inspect.signature(constructor.__init__).parameters.items():
@@ -130,15 +138,88 @@ def build_pipeline(family: ModelFamily, components: Components, scheduler: str |
     return pipeline
 
 
-def _scheduler(components: Components, name: str | None) -> Any:
-    if name is not None and name not in SCHEDULERS:
+def _words(
+    family: ModelFamily, components: Components, prompts: list[str], negative: str | None, *, emphasis: bool
+) -> dict[str, Tensor]:
+    """The prompts, and what guidance steers away from unless there is none."""
+    told = _told(family, components, prompts, "", emphasis=emphasis)
+    if negative is not None:
+        told |= _told(family, components, [negative] * len(prompts), "negative_", emphasis=emphasis)
+    return told
+
+
+def _told(
+    family: ModelFamily, components: Components, prompts: list[str], prefix: str, *, emphasis: bool
+) -> dict[str, Tensor]:
+    """Prompts as training reads them, as arguments of the pipeline's call."""
+    device = family.device_of(next(iter(components.text_encoders.values())))
+    words = [plain(prompt) for prompt in prompts] if emphasis else prompts
+    tokens = {name: ids.to(device) for name, ids in family.tokenize(components.tokenizers, words).items()}
+    conditioning = family.encode_prompts(components.text_encoders, tokens)
+    if emphasis:
+        conditioning |= _emphasised(family, components, prompts, conditioning)
+    return {prefix + argument: conditioning[name] for name, argument in family.pipeline_prompts.items()}
+
+
+def _run(pipeline: Any, **arguments: Any) -> Tensor:
+    """The pipeline's latents; what it refuses becomes words."""
+    try:
+        return cast(Tensor, pipeline(**arguments).images)
+    except ValueError as error:
         raise ConfigError(
-            f"scheduler={name!r} is not known{nearest(name, SCHEDULERS)}; choose {', '.join(SCHEDULERS)}, "
-            "or none for the checkpoint's own."
+            f"{type(pipeline).__name__} refuses: {str(error).splitlines()[0]}",
+            ["diffusers draws what is asked for with other bases; leave out the picture, mask or control picture."]
+            if "image" in arguments
+            else [],
+        ) from error
+
+
+def _emphasised(
+    family: ModelFamily, components: Components, prompts: list[str], conditioning: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The encoded tokens with those in brackets made louder; empty if no prompt has any."""
+    states = conditioning["encoder_hidden_states"]
+    tokenizer = next(iter(components.tokenizers.values()))
+    found = [weights(prompt, tokenizer, states.shape[1]) for prompt in prompts]
+    if all(row is None for row in found):
+        return {}
+    if family.t5_tokens:
+        raise ConfigError(
+            f"{prompts[0]!r} has emphasis in brackets, which is defined for CLIP; {family.name} also reads T5. Take "
+            "the brackets out, or put a backslash before each to mean it plainly."
         )
-    own = components.scheduler_config.get("_class_name", "DDIMScheduler")
-    class_name, settings = SCHEDULERS[name] if name is not None else (own, {})
-    return getattr(diffusers, class_name).from_config(components.scheduler_config, **settings)
+    factors = torch.stack([torch.ones(states.shape[1]) if row is None else row for row in found])
+    return {"encoder_hidden_states": emphasise(states, factors.to(states.device))}
+
+
+def _size(family: ModelFamily, components: Components, height: int | None, width: int | None) -> tuple[int, int]:
+    """(height, width) in pixels; None is the base's own size."""
+    own = family.native_resolution(components)
+    return height or own, width or own
+
+
+def _latent_size(
+    family: ModelFamily, components: Components, height: int | None, width: int | None
+) -> tuple[int, int]:
+    """(height, width) in latents; None is the base's own size."""
+    assert components.vae is not None, "checked with the sizes"
+    stride = family.vae_stride(components.vae)
+    rows, columns = _size(family, components, height, width)
+    return rows // stride, columns // stride
+
+
+def _canvas(
+    family: ModelFamily, components: Components, pipeline: Any, guides: Guides, size: tuple[int, int], count: int
+) -> dict[str, Any]:
+    """What is drawn on: the guides, a size, or an empty picture for a pipeline that can only repaint."""
+    if guides.image is not None or guides.control is not None:
+        return pictures_for(guides, family, components, pipeline, size, count)
+    if not family.pipeline_starts_from_picture:
+        return {"height": size[0], "width": size[1]}
+    rows, columns = _latent_size(family, components, *size)
+    channels = int(cast(Any, components.vae).config.latent_channels)
+    empty = torch.zeros(count, channels, rows, columns, device=family.device_of(components.denoiser))
+    return {"image": empty, "strength": 1.0}
 
 
 def _count_problems(prompts: Sequence[str], seeds: Sequence[int], steps: int, batch_size: int) -> list[str]:
@@ -164,7 +245,9 @@ def _size_problems(family: ModelFamily, components: Components, sizes: dict[str,
 def _one_dtype(family: ModelFamily, components: Components) -> AbstractContextManager[Any]:
     """Autocast if the networks are held in different number formats, as in mixed training."""
     networks = [components.denoiser, *components.text_encoders.values()]
-    dtypes = {parameter.dtype for root in networks for parameter in root.parameters()}
+    # keep: weights of one byte are storage; their layers say themselves what they compute in.
+    every = {parameter.dtype for root in networks for parameter in root.parameters()}
+    dtypes = {dtype for dtype in every if dtype.itemsize > 1}
     narrow = min(dtypes, key=lambda dtype: dtype.itemsize)
     device = family.device_of(components.denoiser)
     return torch.autocast(device.type, dtype=narrow) if len(dtypes) > 1 else nullcontext()
@@ -191,7 +274,12 @@ def _decode(family: ModelFamily, components: Components, latent: Tensor, what: s
 def _reporter(progress: Progress | None, batch: int, steps: int, batches: int) -> Any:
     def report(pipeline: Any, step: int, timestep: Any, arguments: dict[str, Any]) -> dict[str, Any]:
         if progress is not None:
-            progress(batch * steps + min(step + 1, steps), batches * steps)  # PNDM calls once more
+            # keep: Heun and PNDM call the denoiser more often than once per step.
+            done = (step + 1) * steps // max(1, pipeline.num_timesteps)
+            progress(batch * steps + min(done, steps), batches * steps)
         return arguments
 
     return report
+
+
+__all__ = ["SCHEDULERS", "Applied", "Progress", "build_pipeline", "generate"]

@@ -1,0 +1,166 @@
+"""Command that draws pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import finetune
+from finetune.cli.app import app
+from finetune.console import ConsoleReporter
+from finetune.errors import ConfigError
+
+START, ADAPTERS, LOOK, STEER = "What to draw with", "Adapters", "The picture", "Pictures that steer"
+
+PromptsArgument = Annotated[
+    list[str] | None, typer.Argument(help="What to draw; (word:1.3) says a word louder.", show_default=False)
+]
+BaseOption = Annotated[
+    str, typer.Option(help="demo, a folder, a .safetensors or a hub id; default: the run's.", rich_help_panel=START)
+]
+RunOption = Annotated[Path | None, typer.Option(help="A run folder: its base and its adapter.", rich_help_panel=START)]
+AdapterOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter",
+        "-a",
+        metavar="FILE[@STRENGTH]",
+        rich_help_panel=ADAPTERS,
+        help="An adapter of any layout, at a strength: cat.safetensors@0.8. Repeatable; they add up.",
+    ),
+]
+StrengthsOption = Annotated[
+    str, typer.Option(metavar="0,0.5,1", help="One row of pictures per factor.", rich_help_panel=ADAPTERS)
+]
+OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Folder of the pictures.")]
+PromptsFileOption = Annotated[Path | None, typer.Option("--prompts", help="A text file with one prompt per line.")]
+NegativeOption = Annotated[str, typer.Option(help="What to steer away from.", rich_help_panel=LOOK)]
+SeedOption = Annotated[int, typer.Option(min=0, help="Of the first picture of each prompt.", rich_help_panel=LOOK)]
+CountOption = Annotated[int, typer.Option("--count", "-n", help="Pictures per prompt.", rich_help_panel=LOOK)]
+StepsOption = Annotated[int, typer.Option(help="Denoising steps.", rich_help_panel=LOOK)]
+GuidanceOption = Annotated[float, typer.Option(min=0, help="How closely to follow.", rich_help_panel=LOOK)]
+WidthOption = Annotated[int | None, typer.Option(help="Pixels; default: the base's.", rich_help_panel=LOOK)]
+HeightOption = Annotated[int | None, typer.Option(help="Pixels; default: the base's.", rich_help_panel=LOOK)]
+SchedulerOption = Annotated[
+    str | None, typer.Option(help="euler_a, dpm++_2m_karras, ...; default: the base's.", rich_help_panel=LOOK)
+]
+ClipSkipOption = Annotated[int | None, typer.Option(help="CLIP layer from the end.", rich_help_panel=LOOK)]
+ChunksOption = Annotated[int, typer.Option(help="Times 75 tokens that are read.", rich_help_panel=LOOK)]
+UpscaleOption = Annotated[
+    float | None, typer.Option(help="Draw again this much larger, from the first picture.", rich_help_panel=LOOK)
+]
+ImageOption = Annotated[Path | None, typer.Option(help="A picture to change.", rich_help_panel=STEER)]
+StrengthOption = Annotated[float, typer.Option(help="How much of it to change, 0 to 1.", rich_help_panel=STEER)]
+MaskOption = Annotated[Path | None, typer.Option(help="White is repainted, black kept.", rich_help_panel=STEER)]
+ControlnetOption = Annotated[str | None, typer.Option(help="Folder or hub id.", rich_help_panel=STEER)]
+ControlOption = Annotated[Path | None, typer.Option(help="What the ControlNet sees.", rich_help_panel=STEER)]
+ControlScaleOption = Annotated[float, typer.Option(help="How closely it is kept.", rich_help_panel=STEER)]
+DtypeOption = Annotated[str, typer.Option(help="fp32, bf16, fp16 or auto.")]
+BatchOption = Annotated[int, typer.Option(help="Pictures at once; more is faster and takes more memory.")]
+LowMemoryOption = Annotated[bool, typer.Option("--low-memory", help="Decode in tiles.")]
+AgainOption = Annotated[
+    Path | None, typer.Option("--from", metavar="PNG", help="Make this picture again, from what it says.")
+]
+
+
+@app.command()
+def sample(  # noqa: PLR0913, PLR0917 - what the user chooses, one option each
+    prompts: PromptsArgument = None,
+    base: BaseOption = "",
+    run: RunOption = None,
+    adapter: AdapterOption = None,
+    strengths: StrengthsOption = "",
+    output: OutputOption = Path("samples"),
+    prompts_file: PromptsFileOption = None,
+    negative: NegativeOption = "",
+    seed: SeedOption = 0,
+    count: CountOption = 1,
+    steps: StepsOption = 25,
+    guidance: GuidanceOption = 7.5,
+    width: WidthOption = None,
+    height: HeightOption = None,
+    scheduler: SchedulerOption = None,
+    clip_skip: ClipSkipOption = None,
+    chunks: ChunksOption = 1,
+    upscale: UpscaleOption = None,
+    image: ImageOption = None,
+    strength: StrengthOption = 0.6,
+    mask: MaskOption = None,
+    controlnet: ControlnetOption = None,
+    control: ControlOption = None,
+    control_scale: ControlScaleOption = 1.0,
+    dtype: DtypeOption = "",
+    batch: BatchOption = 1,
+    low_memory: LowMemoryOption = False,
+    again: AgainOption = None,
+) -> None:
+    """Draw pictures with a base model and adapters; each PNG says how it was made.
+
+    Examples:
+
+      finetune sample "a photo of sks dog in the snow" --run runs/mine -n 4
+
+      finetune sample "a red house" --base sd15.safetensors -a style.safetensors@0.7 --strengths 0,0.5,1
+
+      finetune sample --from samples/a-red-house-s0-1a2b3c4d.png
+    """
+    reporter = ConsoleReporter()
+    model, own = finetune.model_of(base, run)
+    chosen = {"dtype": dtype or None, "clip_skip": clip_skip, "prompt_chunks": chunks if chunks > 1 else None}
+    model = type(model).model_validate(model.model_dump() | {k: v for k, v in chosen.items() if v is not None})
+    adapters = [(path, 1.0) for path in own] + [_weighted(text) for text in adapter or ()]
+    if again is not None:
+        shot = finetune.shot_of(again)
+        if not base and run is None:
+            model = model.model_copy(update={"base": shot.base})
+        given = {"image": image, "mask": mask, "control": control}
+        copy = finetune.sample_again(
+            shot, model, [path for path, _ in adapters], {k: v for k, v in given.items() if v is not None}, output,
+            reporter, controlnet,
+        )  # fmt: skip
+        reporter.table("Done", [("Picture", str(copy))])
+        return
+    wanted = finetune.Wanted(
+        prompts=(*(prompts or ()), *_lines(prompts_file)), negative_prompt=negative, seed=seed, count=count,
+        steps=steps, guidance_scale=guidance, width=width, height=height, scheduler=scheduler,
+        adapters=tuple(adapters), strengths=_numbers(strengths), image=image, mask=mask, control=control,
+        strength=strength, controlnet=controlnet, control_scale=control_scale, upscale=upscale, batch_size=batch,
+        low_memory=low_memory,
+    )  # fmt: skip
+    made = finetune.sample(model, wanted, output, reporter)
+    sheet = [("Sheet", str(output / "sheet.png"))] if len(made) > 1 else []
+    reporter.table("Done", [*(("Picture", str(path)) for path in made[:12]), *sheet])
+
+
+def _weighted(text: str) -> tuple[Path, float]:
+    """ "cat.safetensors@0.8" as a path and a strength; without @ it is 1."""
+    name, at, number = text.rpartition("@")
+    if not at or Path(text).exists():
+        return Path(text), 1.0
+    return Path(name), _number(number, f"--adapter {text}")
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(_number(part, f"--strengths {text}") for part in text.split(",")) if text else (1.0,)
+
+
+def _number(text: str, where: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not abs(value) <= 100:
+        raise ConfigError(f"{where} has {text.strip()!r} where a number belongs, such as 0.8.")
+    return value
+
+
+def _lines(path: Path | None) -> list[str]:
+    if path is None:
+        return []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--prompts {path} cannot be read: {error}.") from None
+    return [line.strip() for line in lines if line.strip()]

@@ -1,0 +1,191 @@
+"""`finetune sample`: pictures that say how they were made, and can be made again."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from finetune.errors import ConfigError
+from finetune.families import load_family
+from finetune.sampling.generate import generate
+from finetune.sampling.guides import Guides
+from finetune.sampling.papers import A1111_KEY, KEY, shot_of
+from finetune.sampling.weighting import emphasise, parse, plain
+from tests.conftest import command
+from tests.tiny import BUILDERS, random_adapter
+
+QUICK = ("--steps", "2", "--guidance", "3")
+
+
+@pytest.fixture
+def sample(capsys, monkeypatch, tmp_path):
+    """`finetune sample` in this process: what it printed, and the folder it drew into."""
+    folder = tmp_path / "pictures"
+
+    def run(*arguments, expect=0):
+        return command(capsys, monkeypatch, "sample", *arguments, *QUICK, "-o", folder, expect=expect), folder
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """A strong random adapter of the embedded base, as a file."""
+    family, parts = load_family("demo")
+    file = random_adapter(family, parts, rank={"unet": 4}, alpha={"unet": 4.0}, preset="attention", strength=0.3)
+    path = tmp_path_factory.mktemp("adapter") / "adapter.safetensors"
+    file.save(path)
+    return path
+
+
+def bytes_of(path):
+    with Image.open(path) as image:
+        return image.convert("RGB").tobytes()
+
+
+def test_a_picture_is_made_again_from_what_it_says(sample, adapter, tmp_path):
+    """The same bytes on the same machine, with nothing but the picture, the base and the adapter."""
+    text, folder = sample("a sks toy (box:1.3)", "-a", f"{adapter}@0.7", "--seed", 5, "--scheduler", "dpm++_2m_sde")
+    (made,) = folder.glob("*.png")
+    assert "trained with the word 'sks toy'" not in text
+    first = made.read_bytes()
+    made.unlink()
+    sample("--from", _kept(tmp_path, first), "-a", adapter)
+    (again,) = folder.glob("*.png")
+    assert again.read_bytes() == first
+
+
+def _kept(folder, content):
+    path = folder / "kept.png"
+    path.write_bytes(content)
+    return path
+
+
+def test_papers_name_everything_but_where_it_was_made(sample, adapter, tmp_path):
+    """Other programs read the settings; nobody reads the user's folders."""
+    _, folder = sample("a box", "-a", adapter, "--negative", "red")
+    (made,) = folder.glob("*.png")
+    with Image.open(made) as image:
+        text = dict(image.text)
+    assert {KEY, A1111_KEY} <= text.keys()
+    assert text[A1111_KEY].startswith("a box <lora:adapter:1>\nNegative prompt: red\nSteps: 2, Sampler: ")
+    assert str(tmp_path) not in str(text) and str(adapter.parent) not in str(text)
+    assert json.loads(text[KEY])["adapters"][0]["name"] == "adapter.safetensors"
+
+
+def test_pictures_that_are_there_are_kept(sample):
+    """A request that was cut short goes on; nothing is drawn twice and nothing of the user's is overwritten."""
+    _, folder = sample("a box", "-n", 2)
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("a-box*.png")}
+    text, _ = sample("a box", "-n", 3)
+    assert "1 to make, 2 there" in text
+    after = {path.name: path.stat().st_mtime_ns for path in folder.glob("a-box*.png")}
+    assert len(after) == 3 and before.items() <= after.items()
+    assert (folder / "sheet.png").is_file()
+
+
+def test_strengths_make_rows_from_the_base_to_the_adapter(sample, adapter):
+    """Strength 0 is the base to the bit; 1 is another picture, and the trigger that is missing is mentioned."""
+    text, folder = sample("a box", "-a", adapter, "--strengths", "0,1")
+    assert "'sks toy'" in text
+    shots = {shot_of(path).adapters[0].strength: path for path in folder.glob("a-box*.png")}
+    family, parts = load_family("demo")
+    base = generate(family, parts, ["a box"], seeds=[0], steps=2, guidance_scale=3)[0]
+    assert bytes_of(shots[0.0]) == base.tobytes() != bytes_of(shots[1.0])
+
+
+def test_everything_wrong_is_said_at_once(sample, tmp_path):
+    """One run of the command shows all problems."""
+    text, folder = sample("--mask", tmp_path / "no.png", "--count", 0, "--upscale", 9, expect=2)
+    for words in ("there is no prompt", "count=0", "upscale=9", "a picture to repaint is needed"):
+        assert words in text
+    assert not folder.exists()
+
+
+def test_another_adapter_is_not_taken_for_the_one_that_was_used(sample, adapter, tmp_path):
+    """A picture made again with other weights would be a lie."""
+    _, folder = sample("a box", "-a", adapter)
+    (made,) = folder.glob("*.png")
+    family, parts = load_family("demo")
+    other = tmp_path / "adapter.safetensors"
+    random_adapter(family, parts, rank={"unet": 2}, alpha={"unet": 2.0}, preset="attention").save(other)
+    assert "not the adapter.safetensors it was made with" in sample("--from", made, "-a", other, expect=2)[0]
+    assert "made with 1: adapter.safetensors" in sample("--from", made, expect=2)[0]
+
+
+@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n", None])
+def test_a_picture_without_papers_is_refused(sample, tmp_path, content):
+    """Empty, cut off, or from another program: exit code 2 and a reason."""
+    path = tmp_path / "x.png"
+    Image.new("RGB", (8, 8)).save(path)
+    if content is not None:
+        path.write_bytes(content)
+    text, _ = sample("--from", path, expect=2)
+    assert "cannot be read" in text or "does not say how it was made" in text
+
+
+@pytest.mark.parametrize("name", sorted(BUILDERS))
+def test_a_picture_to_change_steers_every_family(name, tmp_path):
+    """A weak change stays nearer to the given picture than a strong one."""
+    family, parts = load_family(str(BUILDERS[name](tmp_path / "base")))
+    generator = torch.Generator().manual_seed(0)
+    levels = (torch.rand(64, 64, 3, generator=generator) * 255).to(torch.uint8)
+    given = Image.fromarray(levels.numpy())
+    drawn = [
+        generate(family, parts, ["a cat"], seeds=[0], steps=10, guidance_scale=1.0, height=64, width=64,
+                 guides=Guides(image=given, strength=strength))[0]
+        for strength in (0.1, 1.0)
+    ]  # fmt: skip
+    assert all(picture.size == (64, 64) for picture in drawn)
+    assert drawn[0].tobytes() != drawn[1].tobytes()
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3", "flux"])
+def test_a_mask_keeps_what_is_black(name, tmp_path):
+    """Inpainting repaints the white half and leaves the black half as the autoencoder shows it."""
+    family, parts = load_family(str(BUILDERS[name](tmp_path / "base")))
+    given, mask = Image.new("RGB", (64, 64), "#808080"), Image.new("L", (64, 64), 0)
+    mask.paste(255, (0, 0, 32, 64))
+    common = {"seeds": [0], "steps": 4, "guidance_scale": 1.0, "height": 64, "width": 64}
+    guides = Guides(image=given, strength=1.0, mask=mask)
+    painted = generate(family, parts, ["a cat"], guides=guides, **common)[0]
+    other = generate(family, parts, ["a dog on a hill"], guides=guides, **common)[0]
+    assert painted.size == (64, 64)
+    left, right = (0, 0, 16, 64), (48, 0, 64, 64)
+    assert painted.crop(left).tobytes() != other.crop(left).tobytes()
+    assert apart(painted.crop(right), other.crop(right)) < apart(painted.crop(left), other.crop(left))
+
+
+def apart(first, second):
+    a, b = (torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).float() for picture in (first, second))
+    return float((a - b).abs().mean())
+
+
+def test_emphasis_is_read_as_a1111_reads_it():
+    """Nested brackets multiply, a backslash makes a bracket plain, an open one holds to the end."""
+    assert parse("a (red:1.3) hat") == [("a ", 1.0), ("red", 1.3), (" hat", 1.0)]
+    assert parse("(a (b:2) c") == [("a ", 1.1), ("b", 2.2), (" c", 1.1)]
+    assert parse(r"a \(b\) 10:30") == [("a (b) 10:30", 1.0)]
+    assert plain("((x)) [y]") == "x y"
+    (text, weight), = parse("[x]")
+    assert (text, round(weight, 6)) == ("x", 0.909091)
+
+
+def test_emphasis_keeps_the_mean():
+    """Louder words, not a louder prompt."""
+    states = torch.rand(1, 5, 8, generator=torch.Generator().manual_seed(0))
+    factors = torch.tensor([[1.0, 1.5, 1.0, 1.0, 1.0]])
+    louder = emphasise(states, factors)
+    assert torch.allclose(louder.mean(), states.mean(), atol=1e-6)
+    assert louder[0, 1].norm() / louder[0, 0].norm() > states[0, 1].norm() / states[0, 0].norm()
+    assert torch.equal(emphasise(states, torch.ones(1, 5)), states)
+
+
+def test_emphasis_inside_a_word_is_refused():
+    """It belongs to no token."""
+    family, parts = load_family("demo")
+    with pytest.raises(ConfigError, match="inside a word"):
+        generate(family, parts, ["a bo(x:1.5)"], seeds=[0], steps=1, emphasis=True)
