@@ -12,15 +12,15 @@ from rich.console import Console
 
 from data_tools.cli import app as data_app
 from data_tools.errors import DataToolsError
-from finetune.cli import export, show, train
+from finetune.cli import cache, convert, export, inspect, merge, plan, sample, show, train
 from finetune.cli.app import Overrides, app
 from finetune.config import Run
 from finetune.errors import UserError
 from finetune.run_files import change_run
 
-COMMANDS = (train, show, export)
+COMMANDS = (train, plan, show, sample, export, inspect, convert, merge, cache)
 """Modules whose import puts their commands on the application."""
-app.add_typer(data_app, name="data", help="Look at a folder of pictures before training: scan, caption, bucket.")
+app.add_typer(data_app, name="data", help="Look at a folder of pictures before training: scan, clean, caption, report.")
 
 
 def run_recipe(run: Run) -> None:
@@ -52,7 +52,7 @@ def _quiet_libraries() -> None:
 
 def _guarded(call: Callable[[], object]) -> None:
     _quiet_libraries()
-    errors = Console(stderr=True, highlight=False)
+    errors = Console(stderr=True, highlight=False, emoji=False)
     try:
         call()
     except (UserError, DataToolsError) as error:

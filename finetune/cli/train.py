@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -14,22 +15,62 @@ from finetune.console import ConsoleReporter
 from finetune.run_files import load_run
 
 
+class ResumeMode(StrEnum):
+    """What to do about a run that is in the folder already."""
+
+    auto = "auto"
+    must = "must"
+    never = "never"
+
+
+class Twin(StrEnum):
+    """Families with a tiny twin; a test holds the names against the families' own table."""
+
+    sd1 = "sd1"
+    sd2 = "sd2"
+    sdxl = "sdxl"
+    sdxl_refiner = "sdxl_refiner"
+    sd3 = "sd3"
+    flux = "flux"
+
+
 @app.command()
-def train(recipe: Recipe, overrides: Overrides = None) -> None:
+def train(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    resume: Annotated[
+        ResumeMode,
+        typer.Option(help="auto: go on with a run that is there; must: refuse to start anew; never: to go on."),
+    ] = ResumeMode.auto,
+    accept_data_change: Annotated[
+        bool, typer.Option("--accept-data-change", help="Go on although pictures or captions have changed.")
+    ] = False,
+    strict_numerics: Annotated[
+        bool, typer.Option("--strict-numerics", help="Refuse a machine that computes the last bits differently.")
+    ] = False,
+) -> None:
     """Train an adapter; run it again and it goes on where it stopped.
 
     The run folder (output_dir) gets checkpoints, metrics.jsonl, sample sheets and the finished adapter. Ctrl-C saves
-    first. For several GPUs: `accelerate launch -m finetune train RECIPE`.
+    first; so does a file `stop` in the run folder; a file `save` saves without stopping. For several GPUs:
+    `accelerate launch -m finetune train RECIPE`.
     """
-    train_and_export(load_run(recipe, overrides or ()))
+    how = finetune.Resume(resume.value, accept_data_change, strict_numerics)
+    train_and_export(load_run(recipe, overrides or ()), how)
 
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything it makes.")] = Path("runs/demo"),
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for everything it makes.")] = None,
+    family: Annotated[
+        Twin | None, typer.Option(help="Run the whole job on a tiny random model of this family instead.")
+    ] = None,
 ) -> None:
     """Teach the embedded base model a subject it has never seen: the whole job, on a CPU, in three minutes."""
-    finetune.run_demo(output, ConsoleReporter())
+    if family is None:
+        finetune.run_demo(output or Path("runs/demo"), ConsoleReporter())
+    else:
+        finetune.run_twin_demo(family.value, output or Path(f"runs/demo-{family.value}"), ConsoleReporter())
 
 
 @app.command()
@@ -50,10 +91,10 @@ def build(
     reporter.table(f"Artifact in {output}", artifact.rows())
 
 
-def train_and_export(run: Run) -> None:
+def train_and_export(run: Run, how: finetune.Resume | None = None) -> None:
     """Train, export what was learned, and say what came of it."""
     reporter = ConsoleReporter()
-    result = finetune.train(run, reporter)
+    result = finetune.train(run, reporter, how)
     if not result.is_main_process:
         return
     rows = []

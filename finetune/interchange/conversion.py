@@ -1,0 +1,250 @@
+"""From one layout to another: exact or refused, proven by reading the new file back before it gets its name."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from finetune import storage
+from finetune.errors import ConfigError, nearest
+from finetune.interchange.adapter import Adapter, InterchangeError, Place, Update
+from finetune.interchange.losses import LOSSES, Loss, Meter, everything, need_base, noted, reading_losses
+from finetune.interchange.lowrank import distance, of_dense
+from finetune.interchange.names import Architecture, table_of
+from finetune.interchange.reading import adapter_from, read_adapter
+from finetune.interchange.sources import open_sources
+from finetune.interchange.weights import Weights, open_weights
+from finetune.interchange.words import words_folder
+from finetune.interchange.writing import WRITERS
+from finetune.interchange.written import Written, add_words
+from finetune.tracking import Reporter
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+"""Number format -> largest relative difference of a layer's change that rounding explains."""
+DEFAULT_RANK = 64
+"""Rank of a LoRA that stands in for another method, unless one is named."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A file that was written and read back.
+
+    Attributes:
+        layers: how many layers it changes.
+        worst: largest relative difference of a layer's change between what was read and what was written, as the new
+            file is read back; Frobenius norms.
+        worst_layer: where that is.
+        losses: what approximation cost, as measured and as the file's metadata tell; empty for exact conversions.
+        notes: what was approximated or left out.
+    """
+
+    path: Path
+    layout: str
+    layers: int
+    worst: float
+    worst_layer: str
+    losses: list[Loss] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """For a table."""
+        exact = "exact" if self.worst == 0 else f"within {self.worst:.1e} per layer ({self.worst_layer})"
+        return [
+            ("Written", f"{self.path} ({self.layout} layout)"),
+            ("Read back", f"{self.layers} layers, {exact}"),
+            *(loss.row() for loss in self.losses),
+            *(("Note", note) for note in self.notes),
+        ]
+
+
+def convert_adapter(
+    source: Path,
+    target: Path,
+    *,
+    to: str,
+    dtype: str = "",
+    base: Path | None = None,
+    allow_lossy: bool = False,
+    rank: int = DEFAULT_RANK,
+    reporter: Reporter | None = None,
+) -> Conversion:
+    """Write an adapter of any make in another layout.
+
+    Args:
+        source: a .safetensors file, a PEFT folder or a run's folder.
+        target: the new file; a folder for "peft". Replaced if it exists.
+        to: name in WRITERS.
+        dtype: "fp32", "fp16" or "bf16"; empty means the widest that the source holds.
+        base: the base; a pipeline folder is needed for bases of no published size, and a folder or a single file to
+            measure what is lost of methods whose change depends on the weights.
+        allow_lossy: write even what the layout cannot say exactly; the loss is measured, told, and written into the
+            file under `losses.LOSSES`.
+        rank: of the LoRA that then stands in for another method.
+
+    Raises:
+        ConfigError: for an unknown layout or number format, or a source that is no adapter.
+        InterchangeError: if the layout cannot say what the adapter does; all reasons.
+        StorageError: if the disk refuses.
+    """
+    check_choice(to, WRITERS, "layout (--to)")
+    adapter = read_adapter(source, base)
+    return write(adapter, target, to=to, dtype=dtype, base=base, allow_lossy=allow_lossy, rank=rank, reporter=reporter)
+
+
+def write(
+    adapter: Adapter,
+    target: Path,
+    *,
+    to: str,
+    dtype: str = "",
+    base: Path | None = None,
+    allow_lossy: bool = False,
+    rank: int = DEFAULT_RANK,
+    reporter: Reporter | None = None,
+) -> Conversion:
+    """Write an adapter in a layout and prove it by reading it back; see `convert_adapter`."""
+    check_choice(to, WRITERS, "layout (--to)")
+    if dtype:
+        check_choice(dtype, DTYPES, "number format (--dtype)")
+    number_format = DTYPES[dtype] if dtype else adapter.dtype
+    number_format = torch.float32 if to == "ours" or number_format == torch.float64 else number_format
+    wanted = adapter
+    losses: list[Loss] = []
+    several = " and ".join(adapter.candidates)
+    notes = (
+        [f"it fits {several} equally well; {adapter.candidates[0]} is assumed, --base would tell."] if several else []
+    )
+    try:
+        written = WRITERS[to](adapter, number_format, False)
+    except InterchangeError:
+        if not allow_lossy:
+            raise
+        with open_weights(base) as weights:
+            wanted, losses, more = _lossy(adapter, to, rank, weights, reporter or Reporter())
+        notes += more
+        written = WRITERS[to](wanted, number_format, True)
+    if to != "ours":
+        add_words(written, adapter, "embeddings" if to == "peft" else words_folder(target))
+    if losses:
+        for _, metadata in written.files.values():
+            metadata[LOSSES] = noted(adapter.metadata.get(LOSSES, ""), losses)
+    job = _Job(wanted, written, target, to, number_format, table_of(base) or adapter.architecture)
+    worst, worst_layer, layers = _publish(job)
+    return Conversion(target, to, layers, worst, worst_layer, losses, [*notes, *written.notes])
+
+
+def _lossy(
+    adapter: Adapter, to: str, rank: int, weights: Weights, reporter: Reporter
+) -> tuple[Adapter, list[Loss], list[str]]:
+    """(what can be written, what that costs, in words): the adapter itself if only its readers differ."""
+    try:
+        WRITERS[to](adapter, torch.float32, True)
+    except InterchangeError:
+        return approximated(adapter, rank, weights, reporter)
+    return adapter, reading_losses(adapter, weights, reporter), []
+
+
+def approximated(
+    adapter: Adapter, rank: int, weights: Weights, reporter: Reporter
+) -> tuple[Adapter, list[Loss], list[str]]:
+    """The adapter with a LoRA in place of every update that is none, what that costs, and what is left out.
+
+    Raises:
+        InterchangeError: if the base is needed and not there.
+    """
+    need_base(adapter.updates, weights)
+    result: dict[Place, Update] = {}
+    meter, left_out, biases = Meter(), 0, 0
+    with reporter.progress("Approximating", len(adapter.updates)) as advance:
+        for number, (place, update) in enumerate(sorted(adapter.updates.items())):
+            if update.is_low_rank and "diff_b" not in update.tensors:
+                result[place] = update
+            else:
+                wanted = everything(update, place, weights)
+                found = [torch.zeros_like(change) for change in wanted]
+                biases += len(wanted) > 1
+                if wanted[0].ndim >= 2:
+                    result[place] = of_dense(wanted[0], rank, *place).update(rank)
+                    found[0] = result[place].delta().reshape(wanted[0].shape)
+                else:
+                    left_out += 1
+                meter.compare(place, wanted, found)
+            advance(number + 1, "")
+    loss = meter.loss(f"as a LoRA of rank {rank}")
+    notes = [f"{loss.layers} layers are written as a LoRA of rank {rank} in place of another method."]
+    notes += [f"changes of {biases} biases are left out."] * bool(biases)
+    notes += [f"changes of {left_out} norms are left out."] * bool(left_out)
+    return adapter.with_updates(result), [loss], notes
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is written where, and by which names it is read back."""
+
+    wanted: Adapter
+    written: Written
+    target: Path
+    to: str
+    dtype: torch.dtype
+    names: Architecture
+
+
+def _publish(job: _Job) -> tuple[float, str, int]:
+    """Write beside, read back, compare, rename; (largest relative difference, where, number of layers)."""
+    target = job.target
+    suffix = "" if job.to == "peft" else ".safetensors"
+    if suffix and target.suffix != suffix:
+        raise ConfigError(f"{target} cannot hold this layout.", [f"name a file that ends in {suffix}."])
+    staging = target.parent / f".convert-{os.getpid()}"
+    beside = staging / target.name
+    try:
+        with storage.disk_errors(target):
+            job.written.save(beside)
+            back = adapter_from(beside, open_sources(beside, job.names))
+            worst, worst_layer, _ = compare(job.wanted, back)
+            limit = LIMITS[job.dtype]
+            if not worst <= limit:
+                raise InterchangeError(
+                    f"{target} was not kept: read back, it differs by {worst:.1e} from what was to be written.",
+                    [f"{worst_layer} differs most (at most {limit:.0e}); write it with --dtype fp32, or report this."],
+                )
+            for companion in (staging / words_folder(target), beside):
+                if companion.exists():
+                    storage.publish(companion, target.parent / companion.name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return worst, worst_layer, len(back.updates)
+
+
+def compare(adapter: Adapter, other: Adapter) -> tuple[float, str, float]:
+    """(largest relative difference of a layer, where, relative difference of everything); a missing layer counts 1."""
+    worst, worst_layer = 0.0, ""
+    lost = whole = 0.0
+    for place in sorted(adapter.updates.keys() | other.updates.keys()):
+        if place not in adapter.updates or place not in other.updates:
+            only = adapter.updates.get(place) or other.updates[place]
+            difference = size = 1.0 if only.needs_base else float(only.delta().norm())
+        else:
+            difference, size = distance(adapter.updates[place], other.updates[place])
+        relative = difference / size if size else float(difference > 0)
+        if not relative <= worst:
+            worst, worst_layer = relative, ".".join(place)
+        lost, whole = lost + difference**2, whole + size**2
+    for word in adapter.tokens.keys() | other.tokens.keys():
+        ours, theirs = adapter.tokens.get(word, {}), other.tokens.get(word, {})
+        if set(ours) != set(theirs) or any(not torch.equal(ours[c], theirs[c]) for c in ours):
+            return math.inf, f"the word {word}", math.inf
+    return worst, worst_layer, math.sqrt(lost / whole) if whole else 0.0
+
+
+def check_choice(value: str, known: Iterable[str] | dict[str, Callable[..., object]], what: str) -> None:
+    """Raise a ConfigError unless `value` is one of the known ones."""
+    if value not in known:
+        raise ConfigError(f"The {what} {value!r} is not known{nearest(value, known)}; choose from {', '.join(known)}.")

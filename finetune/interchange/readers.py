@@ -1,0 +1,244 @@
+"""Which programs can use an adapter file as it is, judged by their own loading rules.
+
+Sources: diffusers 0.42 loaders/lora_conversion_utils.py; ComfyUI comfy/lora.py and comfy/lora_convert.py; A1111
+    extensions-builtin/Lora/networks.py; InvokeAI patches/lora_conversions; sd-scripts networks/lora*.py. The rules of
+    diffusers are tested against the installed library; all others were read from the published sources, and those
+    programs were not run. Programs change, so a verdict is what was published in 2026.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from finetune.interchange.header import open_tensors
+from finetune.interchange.layouts import Layer
+from finetune.interchange.names import Architecture
+from finetune.interchange.sources import Source
+
+YES, PARTLY, NO = "yes", "partly", "no"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a program can use a file: "yes", "partly" (it loads, but something is lost or wrong) or "no"."""
+
+    verdict: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the rules ask about."""
+
+    architecture: Architecture
+    dialects: frozenset[str]
+    methods: frozenset[str]
+    layers: tuple[Layer, ...]
+    unknown: int
+    tokens: bool
+    unet: bool
+    alphas_differ: bool
+    layout: str
+
+
+def judge(reader: str, architecture: Architecture, sources: list[Source]) -> Verdict:
+    """What the program named `reader` in READERS makes of the files."""
+    layers = tuple(layer for source in sources for layer in source.resolved.layers)
+    case = Case(
+        architecture,
+        frozenset(layer.meaning.dialect for layer in layers),
+        frozenset(layer.method for layer in layers),
+        layers,
+        sum(len(source.resolved.unknown) for source in sources),
+        any(source.resolved.tokens for source in sources),
+        architecture.denoiser == "unet",
+        any(_alphas_differ(source) for source in sources),
+        sources[0].layout,
+    )
+    if not layers:
+        return Verdict(NO, "no layer of a known base is named")
+    if case.layout == "ours":
+        return Verdict(NO, "this toolkit's own layout; `finetune convert` writes the others")
+    if case.layout == "peft":
+        return _peft_folder(reader)
+    return READERS[reader](case)
+
+
+def _peft_folder(reader: str) -> Verdict:
+    if reader == "diffusers":
+        return Verdict(
+            PARTLY, "a PEFT folder: PeftModel.from_pretrained on the network; load_lora_weights wants one file"
+        )
+    return Verdict(NO, "a PEFT folder; it reads single files")
+
+
+def diffusers(case: Case) -> Verdict:
+    """`pipeline.load_lora_weights`."""
+    beyond = sorted(case.methods - {"lora", "dora"})
+    if beyond:
+        return Verdict(NO, f"load_lora_weights reads LoRA only, not {', '.join(beyond)}")
+    rules = KOHYA_IN_DIFFUSERS if case.dialects & UNDERSCORED else DOTTED_IN_DIFFUSERS
+    found = next((verdict for applies, verdict in rules if applies(case)), None)
+    return found or (Verdict(PARTLY, "learned words stay behind") if case.tokens else Verdict(YES))
+
+
+UNDERSCORED = {"kohya", "kohya-diffusers", "lycoris"}
+KOHYA_IN_DIFFUSERS: list[tuple[Callable[[Case], bool], Verdict]] = [
+    (lambda case: "lycoris" in case.dialects, Verdict(NO, "it does not know lycoris_ names")),
+    (lambda case: case.unknown > 0, Verdict(NO, "it refuses a kohya file with keys it does not know")),
+    (lambda case: case.tokens, Verdict(NO, "it refuses a kohya file with bundled learned words")),
+    (lambda case: "mmdit" in _styles(case), Verdict(NO, "it has no reader for kohya files of this family")),
+    (
+        lambda case: "dora" in case.methods,
+        Verdict(PARTLY, "it drops DoRA's magnitudes from kohya files: the picture is wrong"),
+    ),
+    (
+        lambda case: case.alphas_differ,
+        Verdict(PARTLY, "alpha / rank differs between layers: it takes one for to_q, q_proj and fc1"),
+    ),
+    (
+        lambda case: "kohya-diffusers" in case.dialects and _touches(case, "add_embedding"),
+        Verdict(PARTLY, "it drops add_embedding.linear_1 and .linear_2 under these names"),
+    ),
+    (
+        lambda case: _lonely_projections(case) > 0,
+        Verdict(PARTLY, "it drops text encoder attention layers whose out_proj is not trained too"),
+    ),
+]
+DOTTED_IN_DIFFUSERS: list[tuple[Callable[[Case], bool], Verdict]] = [
+    (
+        lambda case: "diffusers" in case.dialects and _mixed_leaves(case),
+        Verdict(PARTLY, "names mix .lora.down and .lora_A: it drops the attention layers (diffusers#14548)"),
+    ),
+    (
+        lambda case: "bare" in case.dialects,
+        Verdict(PARTLY, "names without a network: the denoiser's own load_lora_adapter reads them"),
+    ),
+    (
+        lambda case: "comfy" in case.dialects,
+        Verdict(NO, "it does not know dotted original names for this family"),
+    ),
+]
+"""What goes wrong, in the order of how much; the first that applies is the verdict."""
+
+
+def comfyui(case: Case) -> Verdict:
+    """ComfyUI's LoraLoader; Forge reads by the same rules."""
+    if "bare" in case.dialects:
+        return Verdict(NO, "names without a network")
+    if case.unet and "diffusers" in case.dialects and not _processor_names(case):
+        text = any(layer.pieces[0].component != case.architecture.denoiser for layer in case.layers)
+        which = "only the text encoders load" if text else '"lora key not loaded" for every layer'
+        return Verdict(PARTLY if text else NO, f"diffusers names of a UNet: {which}")
+    if case.methods & {"dora"}:
+        return Verdict(PARTLY, "DoRA is applied with the norm of W instead of W + BA: near, not equal")
+    if case.methods & {"ia3"}:
+        return Verdict(NO, "IA3 is not read")
+    return _with_unknown(case)
+
+
+def a1111(case: Case) -> Verdict:
+    """stable-diffusion-webui's built-in networks."""
+    if "a1111" not in case.architecture.serves:
+        return Verdict(NO, f"it does not run {case.architecture.title}")
+    if case.dialects - {"kohya", "kohya-diffusers"}:
+        return Verdict(NO, "it reads kohya names only")
+    if "dora" in case.methods:
+        return Verdict(PARTLY, "DoRA is normalised per input: wrong without any message")
+    if "kohya-diffusers" in case.dialects and (_touches(case, "add_embedding") or _touches(case, "upsamplers")):
+        return Verdict(PARTLY, "add_embedding and upsamplers.0 stay unmatched under diffusers names")
+    return _with_unknown(case)
+
+
+def invokeai(case: Case) -> Verdict:
+    """InvokeAI's model manager."""
+    if "invokeai" not in case.architecture.serves:
+        return Verdict(NO, f"it loads no adapters for {case.architecture.title}")
+    if case.unet and case.dialects - {"kohya", "kohya-diffusers"}:
+        return Verdict(NO, "it reads kohya names only for UNets")
+    if {"kohya", "kohya-diffusers"} <= case.dialects and _denoiser_dialects(case) == {"kohya", "kohya-diffusers"}:
+        return Verdict(NO, "it refuses files that mix original and diffusers names")
+    if "dora" in case.methods:
+        return Verdict(PARTLY, "DoRA is normalised per input: wrong without any message")
+    odd = [layer for layer in case.layers if layer.meaning.variant.startswith("lora_te")]
+    if odd:
+        return Verdict(PARTLY, f"it skips {len(odd)} text encoder layers: {odd[0].meaning.variant}")
+    return _with_unknown(case)
+
+
+def kohya(case: Case) -> Verdict:
+    """sd-scripts: merge_lora.py, --network_weights, gen_img.py."""
+    if _denoiser_dialects(case) - {"kohya"}:
+        return Verdict(NO, "its networks are found under kohya names (original names for this family) only")
+    if case.methods - {"lora"}:
+        named = ", ".join(sorted(case.methods - {"lora"}))
+        return Verdict(PARTLY, f"{named} only through LyCORIS (network_module=lycoris.kohya)")
+    odd = [layer for layer in case.layers if layer.meaning.variant]
+    if odd:
+        return Verdict(PARTLY, f"it skips {len(odd)} layers: {odd[0].meaning.variant}")
+    return _with_unknown(case)
+
+
+READERS: dict[str, Callable[[Case], Verdict]] = {
+    "diffusers": diffusers,
+    "ComfyUI, Forge": comfyui,
+    "A1111": a1111,
+    "InvokeAI": invokeai,
+    "kohya": kohya,
+}
+"""Program -> its rules."""
+
+
+def _with_unknown(case: Case) -> Verdict:
+    if case.unknown:
+        return Verdict(PARTLY, f"{case.unknown} tensors are not known and would be skipped")
+    if case.tokens:
+        return Verdict(PARTLY, "learned words are read only by programs that know bundled embeddings")
+    return Verdict(YES)
+
+
+def _styles(case: Case) -> set[str]:
+    return {network.style for network in case.architecture.networks.values()}
+
+
+def _touches(case: Case, word: str) -> bool:
+    return any(word in piece.module for layer in case.layers for piece in layer.pieces)
+
+
+def _denoiser_dialects(case: Case) -> set[str]:
+    return {layer.meaning.dialect for layer in case.layers if layer.pieces[0].component == case.architecture.denoiser}
+
+
+def _processor_names(case: Case) -> bool:
+    own = (layer for layer in case.layers if layer.pieces[0].component == case.architecture.denoiser)
+    return all(".processor." in name for layer in own for name in layer.parts.values())
+
+
+def _mixed_leaves(case: Case) -> bool:
+    names = [name for layer in case.layers for name in layer.parts.values()]
+    old = any(".lora.down" in name or ".lora_linear_layer." in name for name in names)
+    return old and any(".lora_A." in name for name in names)
+
+
+def _lonely_projections(case: Case) -> int:
+    """Layers of text encoder attention blocks whose out_proj is not in the file."""
+    modules = {
+        (piece.component, piece.module)
+        for layer in case.layers
+        for piece in layer.pieces
+        if "self_attn." in piece.module
+    }
+    return sum((component, module.rpartition(".")[0] + ".out_proj") not in modules for component, module in modules)
+
+
+def _alphas_differ(source: Source) -> bool:
+    """Whether kohya alphas give layers different alpha / rank; one number each, so reading them costs nothing."""
+    with open_tensors(source.header) as tensors:
+        found = set()
+        for layer in source.resolved.layers:
+            down = layer.parts.get("lora_A.weight")
+            rank = source.header.tensors[down].shape[0] if down and source.header.tensors[down].shape else None
+            if "alpha" in layer.parts:
+                found.add(round(source.scale(layer, rank, tensors), 9))
+    return len(found) > 1

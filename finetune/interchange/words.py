@@ -1,0 +1,133 @@
+"""Learned words (textual inversion) in files that other programs read: bundled with an adapter, and on their own.
+
+Source: stable-diffusion-webui 1.7, extensions-builtin/Lora/networks.py and modules/textual_inversion; ComfyUI
+    comfy/sd1_clip.py; diffusers 0.42 loaders/textual_inversion.py; as published.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from finetune.interchange.adapter import Adapter, InterchangeError
+from finetune.interchange.header import open_tensors, read_header
+from finetune.interchange.layouts import WORD, resolve
+from finetune.interchange.names import Architecture
+
+BESIDE = "finetune.embeddings"
+"""Metadata entry: JSON table, word -> its embedding's file, relative to the adapter's folder."""
+Files = dict[str, tuple[dict[str, Tensor], dict[str, str]]]
+"""Path relative to the adapter's folder -> (tensors, metadata)."""
+
+
+def bundled(adapter: Adapter) -> dict[str, Tensor]:
+    """Entries of a kohya file, fp32.
+
+    One text encoder: `bundle_emb.<word>.string_to_param.*`; several: one tensor per encoder, `...clip_l`, `...clip_g`.
+
+    Raises:
+        InterchangeError: for words with a dot, which readers take for the end of the word.
+    """
+    dotted = [word for word in adapter.tokens if "." in word or not word]
+    if dotted:
+        raise InterchangeError(
+            "Learned words with a dot cannot be bundled: readers cut them there.",
+            [f"the word {word!r}." for word in dotted] + ["--to ours and --to diffusers keep them."],
+        )
+    return {
+        f"bundle_emb.{word}.{reader_key(adapter.architecture, component, 'string_to_param.*')}": vectors
+        for word, encoders in adapter.tokens.items()
+        for component, vectors in encoders.items()
+    }
+
+
+def alone(adapter: Adapter, folder: str) -> tuple[Files, dict[str, str]]:
+    """(one embedding file per word, the metadata entry that tells an adapter's readers of them).
+
+    With one text encoder the only key is the word itself, which diffusers takes for the token, while A1111 and ComfyUI
+    take the file's name; with several the keys are those of A1111 and ComfyUI.
+    """
+    files: Files = {}
+    places: dict[str, str] = {}
+    for word, encoders in adapter.tokens.items():
+        plain = "".join(sign for sign in word if sign.isalnum() or sign in "_-") or "word"
+        name = f"{folder}/{plain}.safetensors"
+        if name in files:
+            name = f"{folder}/{plain}-{len(files)}.safetensors"
+        tensors = {reader_key(adapter.architecture, part, word): vectors for part, vectors in encoders.items()}
+        files[name] = (tensors, {"format": "pt", WORD: word})
+        places[word] = name
+    return files, {BESIDE: json.dumps(places, ensure_ascii=False)} if places else {}
+
+
+def words_folder(path: Path) -> str:
+    """Name of the folder beside an adapter file where its embeddings lie."""
+    return f"{path.stem}.embeddings"
+
+
+def read_beside(path: Path, adapter: Adapter) -> list[str]:
+    """Add the words that lie in files of their own; returns what is wrong with them."""
+    problems = []
+    for word, name in _listed(adapter.metadata).items():
+        if word in adapter.tokens:
+            continue
+        parts = PurePosixPath(name).parts
+        file = (path if path.is_dir() else path.parent) / name
+        if len(parts) != 2 or ".." in parts or PurePosixPath(name).is_absolute():
+            problems.append(f"the word {word!r} is said to lie in {name!r}, which is not beside the adapter.")
+        elif not file.is_file():
+            problems.append(f"the learned word {word!r} lies in {file}, which is missing: put it back.")
+        else:
+            adapter.tokens[word] = read_embedding(file, adapter.architecture)
+    return problems
+
+
+def read_embedding(file: Path, architecture: Architecture) -> dict[str, Tensor]:
+    """Text encoder -> vectors of the one word that a file holds.
+
+    Raises:
+        InterchangeError: if the file is no embedding of one word.
+    """
+    header = read_header(file)
+    resolved = resolve(header)
+    if resolved.kind != "embedding" or len(resolved.tokens) != 1:
+        raise InterchangeError(f"{file} is no embedding of one word.", ["a textual inversion was looked for."])
+    (vectors,) = resolved.tokens.values()
+    with open_tensors(header) as tensors:
+        return {
+            text_encoder(architecture, key): torch.from_numpy(np.array(tensors.array(name), dtype=np.float32))
+            for key, name in vectors.items()
+        }
+
+
+def reader_key(architecture: Architecture, component: str, only: str) -> str:
+    """How readers call the tensor for a text encoder: `only` where a base has one encoder."""
+    return only if len(_encoders(architecture)) == 1 else architecture.networks[component].comfy.split(".")[1]
+
+
+def text_encoder(architecture: Architecture, key: str) -> str:
+    """The component that readers call "clip_l" or "clip_g", or the one text encoder there is."""
+    encoders = _encoders(architecture)
+    if key in encoders or not encoders:
+        return key
+    named = (name for name in encoders if f".{key}." in f".{architecture.networks[name].comfy}.")
+    return next(named, encoders[0])
+
+
+def _encoders(architecture: Architecture) -> list[str]:
+    return sorted(name for name in architecture.networks if name != architecture.denoiser)
+
+
+def _listed(metadata: Mapping[str, str]) -> dict[str, str]:
+    try:
+        listed = json.loads(metadata.get(BESIDE, "{}"))
+    except (ValueError, RecursionError):
+        listed = None
+    if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+        raise InterchangeError("The file's list of learned words is damaged.", [f"its metadata entry is {BESIDE}."])
+    return listed
