@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 from typing import get_args
@@ -157,10 +156,10 @@ def test_a_trigger_is_a_word_of_its_own():
 
 
 def test_help_answers_at_once():
-    """No torch behind --help: it must come in well under a second."""
-    code = "import sys, finetune.cli; assert 'torch' not in sys.modules and 'diffusers' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    subprocess.run([sys.executable, "-m", "finetune", "--help"], check=True, capture_output=True)
-    seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
-    assert seconds < 1.0, f"--help took {seconds:.2f} s of processor time"
+    """What takes long to import is imported by the commands that need it."""
+    slow = {"torch", "diffusers", "transformers", "peft", "accelerate", "datasets", "pandas", "pyarrow", "jinja2"}
+    code = f"import sys, finetune.cli; print(sorted({slow!r} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
+    shown = subprocess.run([sys.executable, "-m", "finetune", "--help"], check=True, capture_output=True, text=True)
+    assert "finetune demo" in shown.stdout

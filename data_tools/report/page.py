@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from data_tools.errors import Problem, grouped
@@ -25,6 +24,8 @@ def render(facts: Facts, thumbnails: Thumbnails) -> str:
     The same facts give the same text, byte for byte.
     """
     # keep: escaping is on for everything; only our own style sheet and script are taken as they are.
+    from jinja2 import Environment, StrictUndefined  # noqa: PLC0415 - only a page needs it, and --help must be quick
+
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["percent"] = _percent
     environment.filters["count"] = "{:,}".format
