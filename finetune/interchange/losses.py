@@ -19,6 +19,9 @@ from finetune.interchange.reading import shortened
 from finetune.interchange.weights import Weights
 from finetune.tracking import Reporter
 
+NOTABLE = 1e-6
+"""Share of the change below which nothing counts as lost: rounding to fp32 alone takes less."""
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -93,7 +96,7 @@ def noted(earlier: str, losses: Sequence[Loss]) -> str:
 def dora_by_base_norm(update: Update, weight: Tensor) -> Tensor:
     """m (W + s B A) / |W|: the norm of each output's weights before the update instead of after it.
 
-    Source: ComfyUI comfy/weight_adapter/base.py, `weight_decompose`, as published.
+    Follows what is known of ComfyUI's `weight_decompose`; the program was not run.
     """
     moved = merged_weight("lora", update.tensors, weight, update.scale, update.options).flatten(1)
     magnitude = update.tensors["lora_magnitude_vector"].reshape(-1, 1)
@@ -103,7 +106,7 @@ def dora_by_base_norm(update: Update, weight: Tensor) -> Tensor:
 def dora_by_input_norm(update: Update, weight: Tensor) -> Tensor:
     """m (W + s B A) / |W + s B A|, the norm taken per input although there is a magnitude per output.
 
-    Source: stable-diffusion-webui extensions-builtin/Lora/network.py, `apply_weight_decompose`, as published.
+    Source: stable-diffusion-webui extensions-builtin/Lora/network.py, `apply_weight_decompose`; read, not run.
     """
     moved = merged_weight("lora", update.tensors, weight, update.scale, update.options)
     ones = [1] * (weight.ndim - 2)
@@ -157,6 +160,6 @@ def everything(update: Update, place: Place, weights: Weights) -> list[Tensor]:
 
 
 __all__ = [
-    "DORA_READERS", "LOSSES", "Loss", "Meter", "dora_by_base_norm", "dora_by_input_norm", "everything", "need_base",
-    "noted", "reading_losses",
+    "DORA_READERS", "LOSSES", "NOTABLE", "Loss", "Meter", "dora_by_base_norm", "dora_by_input_norm", "everything",
+    "need_base", "noted", "reading_losses",
 ]  # fmt: skip

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from finetune.errors import ConfigError
 from finetune.interchange.adapter import Adapter, InterchangeError, Place, Update
+from finetune.interchange.losses import LOSSES, NOTABLE, Meter, noted
 from finetune.interchange.lowrank import distance, factors_of, of_dense, of_factors
 from finetune.interchange.reading import read_adapter, shortened
 from finetune.rng import rng
@@ -173,7 +174,7 @@ def merge(adapters: Sequence[Weighted], how: str, settings: Settings, reporter: 
     if problems:
         raise InterchangeError(f"These adapters cannot be merged by {how}.", shortened(problems))
     result: dict[Place, Update] = {}
-    lost = whole = 0.0
+    meter = Meter()
     with reporter.progress("Merging", len(places)) as advance:
         for number, place in enumerate(places):
             parts = [
@@ -181,14 +182,16 @@ def merge(adapters: Sequence[Weighted], how: str, settings: Settings, reporter: 
             ]
             result[place] = MERGES[how](parts, settings, place)
             exact = concat(parts, settings, place) if _low_rank(parts) else Update("diff", {"diff": dense_sum(parts)})
-            difference, size = distance(exact, result[place])
-            lost, whole = lost + difference**2, whole + size**2
+            meter.add(place, *distance(exact, result[place]))
             advance(number + 1, "")
     merged = adapters[0].adapter.with_updates(result)
     merged.tokens = _tokens(adapters)
     merged.metadata = _metadata(adapters, how)
     merged.dtype = max((item.adapter.dtype for item in adapters), key=lambda dtype: dtype.itemsize)
-    return Merged(merged, (lost / whole) ** 0.5 if whole else 0.0)
+    loss = meter.loss(f"merged by {how}, against the exact sum")
+    if loss.total > NOTABLE:
+        merged.metadata[LOSSES] = noted("", [loss])
+    return Merged(merged, loss.total)
 
 
 def parse_weighted(text: str, base: Path | None = None) -> Weighted:

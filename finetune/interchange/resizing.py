@@ -12,7 +12,7 @@ import torch
 
 from finetune.errors import ConfigError
 from finetune.interchange.adapter import Adapter, InterchangeError, Place, Update
-from finetune.interchange.losses import LOSSES, Meter, noted
+from finetune.interchange.losses import LOSSES, NOTABLE, Meter, noted
 from finetune.interchange.lowrank import RankRule, decomposition, of_dense
 from finetune.interchange.names import Architecture, from_base
 from finetune.interchange.reading import shortened
@@ -21,9 +21,6 @@ from finetune.tracking import Reporter
 
 SMALLEST_CHANGE = 1e-6
 """Largest |difference| of a weight below which a layer counts as unchanged: what saving in fp32 twice can do."""
-
-NOTABLE = 1e-6
-"""Share of the change below which nothing counts as lost: fp32 rounds by more."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Learned words (textual inversion) in files that other programs read: bundled with an adapter, and on their own.
 
-Source: stable-diffusion-webui 1.7, extensions-builtin/Lora/networks.py and modules/textual_inversion; ComfyUI
-    comfy/sd1_clip.py; diffusers 0.42 loaders/textual_inversion.py; as published.
+diffusers 0.42 loads these files in our tests (loaders/textual_inversion.py). For A1111 and ComfyUI the key names follow
+what is known of their readers and a published bundling script; those programs were not run.
 """
 
 from __future__ import annotations
