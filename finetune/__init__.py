@@ -16,35 +16,88 @@ from finetune.run_files import load_run, make_run
 
 if TYPE_CHECKING:
     from finetune.artifact import build_artifact
+    from finetune.data.upkeep import inspect_cache, prune_cache
     from finetune.demo.job import run_demo
+    from finetune.demo.twin_job import run_twin_demo
+    from finetune.export.publish import push_folder
     from finetune.export.run import export_run, exported_rows
+    from finetune.export.sidecars import install_files
     from finetune.families import load_family
+    from finetune.interchange.commands import extract_adapter, merge_adapters, merge_into_base, resize_adapter
+    from finetune.interchange.comparing import diff_adapters
+    from finetune.interchange.conversion import convert_adapter
+    from finetune.interchange.inspection import inspect_file
+    from finetune.pictures import Wanted, model_of, sample, sample_again
     from finetune.sampling.generate import generate
+    from finetune.sampling.papers import shot_of
+    from finetune.training.checkpoint import checkpoint_adapter
+    from finetune.training.planning import plan_run
+    from finetune.training.resume import Resume
     from finetune.training.trainer import train
 
 __version__ = "0.1.0"
 
 _ON_DEMAND = {
+    "Resume": "finetune.training.resume",
+    "Wanted": "finetune.pictures",
     "build_artifact": "finetune.artifact",
+    "checkpoint_adapter": "finetune.training.checkpoint",
+    "convert_adapter": "finetune.interchange.conversion",
+    "diff_adapters": "finetune.interchange.comparing",
     "export_run": "finetune.export.run",
     "exported_rows": "finetune.export.run",
+    "extract_adapter": "finetune.interchange.commands",
     "generate": "finetune.sampling.generate",
+    "inspect_cache": "finetune.data.upkeep",
+    "inspect_file": "finetune.interchange.inspection",
     "load_family": "finetune.families",
+    "install_files": "finetune.export.sidecars",
+    "merge_adapters": "finetune.interchange.commands",
+    "merge_into_base": "finetune.interchange.commands",
+    "plan_run": "finetune.training.planning",
+    "prune_cache": "finetune.data.upkeep",
+    "push_folder": "finetune.export.publish",
+    "resize_adapter": "finetune.interchange.commands",
+    "model_of": "finetune.pictures",
     "run_demo": "finetune.demo.job",
+    "run_twin_demo": "finetune.demo.twin_job",
+    "sample": "finetune.pictures",
+    "sample_again": "finetune.pictures",
+    "shot_of": "finetune.sampling.papers",
     "train": "finetune.training.trainer",
 }
 """Public names whose modules import torch; loaded on first use, so that `finetune --help` answers at once."""
 
 __all__ = [
+    "Resume",
     "Run",
+    "Wanted",
     "build_artifact",
+    "checkpoint_adapter",
+    "convert_adapter",
+    "diff_adapters",
     "export_run",
     "exported_rows",
+    "extract_adapter",
     "generate",
+    "inspect_cache",
+    "inspect_file",
+    "install_files",
     "load_family",
     "load_run",
     "make_run",
+    "merge_adapters",
+    "merge_into_base",
+    "model_of",
+    "plan_run",
+    "prune_cache",
+    "push_folder",
+    "resize_adapter",
     "run_demo",
+    "run_twin_demo",
+    "sample",
+    "sample_again",
+    "shot_of",
     "train",
 ]
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune.config import Run
 from finetune.errors import ConfigError, NumericError
-from finetune.export import Exported
+from finetune.export import Exported, sweep
 from finetune.export.card import Card, write_card
 from finetune.export.manifest import write_manifest
-from finetune.export.run import export_run, exported_rows
-from finetune.run_files import dump_run
+from finetune.export.run import export_run, exported_rows, without_places
+from finetune.export.words import file_stem
 from finetune.storage import atomic_dir, write_json
 from finetune.tracking import Reporter
 from finetune.training.trainer import TrainResult, train
@@ -84,6 +84,7 @@ def build_artifact(
                 "larger rank may help; --max-ratio sets the gate"
             ],
         )
+    sweep(output.absolute().parent)
     with atomic_dir(output) as folder:
         exported = export_run(run.output_dir, run, folder, reporter)
         _papers(run, result, exported, folder)
@@ -120,20 +121,26 @@ def _papers(run: Run, result: TrainResult, exported: list[Exported], folder: Pat
             "exports": {item.format: [check.as_dict() for check in item.verification] for item in exported},
         },
     )
-    write_json(folder / "run.json", _without_places(run, result.components.source))
+    write_json(folder / "run.json", without_places(run, result.components.source))
     shutil.copyfile(run.output_dir / "metrics.jsonl", folder / "metrics.jsonl")
     sheets = sorted((run.output_dir / "samples").glob("step-*.png"))
     for sheet in sheets[:1] + sheets[1:][-1:]:
         shutil.copyfile(sheet, folder / sheet.name)
     files = {item.format: item.path.name for item in exported}
+    rate = run.adapter.learning_rate if run.adapter else None
     write_card(
         folder,
         Card(
             title=run.export_name(),
             base=result.adapter.header.base,
             trigger_words=result.adapter.header.trigger_words,
+            description=run.export.description,
+            license=run.export.license,
+            author=run.export.author,
+            pipeline=result.family.pipeline_class,
             kohya_file=files.get("kohya", ""),
             diffusers_file=files.get("diffusers", ""),
+            embeddings=tuple(f"{file_stem(word)}.safetensors" for word in result.adapter.header.tokens),
             figures=[
                 (
                     "loss over the base model's",
@@ -142,8 +149,8 @@ def _papers(run: Run, result: TrainResult, exported: list[Exported], folder: Pat
             ],
             training=[
                 ("steps", str(result.steps)),
-                ("rank", str(run.adapter.rank)),
-                ("learning rate", f"{run.adapter.learning_rate or run.optimizer.learning_rate:g}"),
+                *result.adapters.describe(),
+                ("learning rate", f"{rate or run.optimizer.learning_rate:g}"),
                 ("optimizer", run.optimizer.name),
                 ("run", run.digest()[:12]),
             ],
@@ -152,17 +159,5 @@ def _papers(run: Run, result: TrainResult, exported: list[Exported], folder: Pat
     )
 
 
-def _without_places(run: Run, base: str) -> dict[str, object]:
-    """The run without folders of this machine."""
-    document = dump_run(run)
-    for section, field in ((document["data"], "folder"), (document, "output_dir")):
-        section[field] = Path(section[field]).name
-    document["data"]["cache_folder"] = None
-    if document["data"]["prior"]:
-        document["data"]["prior"]["folder"] = None
-    document["model"]["base"] = base
-    return document
-
-
 def _moved(item: Exported, folder: Path) -> Exported:
-    return Exported(item.format, folder / item.path.name, item.bytes, item.verification, item.rounding)
+    return replace(item, path=folder / item.path.name)

@@ -25,7 +25,8 @@ def test_build_makes_an_artifact_that_proves_itself(document, tmp_path, capsys, 
     assert "Files and hashes" in text
     names = {p.relative_to(dist).as_posix() for p in dist.rglob("*") if p.is_file()}
     assert {
-        "pytorch_lora_weights.safetensors", "sks-robot.safetensors", "README.md", "score.json", "run.json",
+        "pytorch_lora_weights.safetensors", "sks-robot.safetensors", "sks-robot.json", "sks-robot.png", "README.md",
+        "score.json", "run.json",
         "metrics.jsonl", "manifest.json", "step-000000.png", "step-000004.png",
     } == names  # fmt: skip
     assert check_manifest(dist) == []

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import shutil
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune import storage
 from finetune.adapters.files import AdapterFile
 from finetune.errors import ConfigError, nearest
-from finetune.export import adapter, merged
+from finetune.export import adapter, changes, merged, words
 from finetune.export.card import Card, write_card
-from finetune.export.job import DTYPES, ExportError, Job, Papers
+from finetune.export.job import DETAILS, DTYPES, ExportError, Job, Outcome, Papers, Rounding
 from finetune.export.manifest import check_manifest, write_manifest
-from finetune.export.merged import Rounding
-from finetune.export.verify import Verification, reference, verify
+from finetune.export.serves import readers_of
+from finetune.export.verify import Reference, Verification, reference, verify
 from finetune.families.base import Components, ModelFamily
 
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 """diffusers prefers this name when a folder holds several files."""
+
+
+LEFTOVER = re.compile(r"\.export-\d+(-[0-9a-f]{8})?|\..+\.(part|old)-\d+-[0-9a-f]{8}")
+"""Folders of exports and builds that were killed."""
+LEFTOVER_SECONDS = 3600.0
 
 
 @dataclass(frozen=True)
@@ -31,13 +38,13 @@ class Format:
     Attributes:
         summary: who reads it.
         target: export name -> name of the file or folder inside the output folder.
-        write: writes it; a merged model also says what rounding took.
-        readers: names in `readers.READERS`; each must read the file back as it was trained.
+        write: writes it, and says what that came to.
+        readers: names in `readers.READERS`; each that can use this family's file must read it back as it was trained.
     """
 
     summary: str
     target: Callable[[str], str]
-    write: Callable[[Job, Path], Rounding | None]
+    write: Callable[[Job, Path], Outcome]
     readers: tuple[str, ...]
 
 
@@ -45,21 +52,33 @@ FORMATS: dict[str, Format] = {
     "diffusers": Format(
         "one file for diffusers' load_lora_weights",
         lambda name: DIFFUSERS_FILE,
-        adapter.write_diffusers,
+        adapter.writer("diffusers"),
         ("diffusers",),
     ),
     "kohya": Format(
         "one file for A1111, Forge, ComfyUI, InvokeAI, sd-scripts and diffusers",
         lambda name: f"{name}.safetensors",
-        adapter.write_kohya,
+        adapter.writer("kohya"),
         ("kohya", "diffusers"),
     ),
-    "peft": Format("a folder per network for PEFT", lambda name: "peft", adapter.write_peft, ("peft",)),
+    "peft": Format("a folder per network for PEFT", lambda name: "peft", adapter.writer("peft"), ("peft",)),
     "merged": Format(
         "the whole pipeline with the adapter added in, as a diffusers folder",
         lambda name: "merged",
         merged.write_merged,
         ("pipeline",),
+    ),
+    "single-file": Format(
+        "the whole model with the adapter added in, as one file for A1111, ComfyUI and from_single_file",
+        lambda name: f"{name}-merged.safetensors",
+        merged.write_single,
+        ("from_single_file",),
+    ),
+    "embeddings": Format(
+        "learned words, a file each, for A1111, ComfyUI and load_textual_inversion",
+        lambda name: words.FOLDER,
+        words.write_words,
+        (),
     ),
 }
 """name -> format; what `finetune export --format` offers."""
@@ -74,6 +93,8 @@ class Exported:
         bytes: its size; of all files together for a folder.
         verification: one entry per reader.
         rounding: for a merged model, what its number format takes from the adapter.
+        lost: share of the change of the weights that was given up with `lossy`.
+        notes: what a user should know of it, such as programs that cannot use it and why.
     """
 
     format: str
@@ -81,6 +102,8 @@ class Exported:
     bytes: int
     verification: tuple[Verification, ...]
     rounding: Rounding | None = None
+    lost: float = 0.0
+    notes: tuple[str, ...] = ()
 
 
 def export(  # noqa: PLR0913 - what the user chooses, one keyword each
@@ -94,6 +117,7 @@ def export(  # noqa: PLR0913 - what the user chooses, one keyword each
     dtype: str = "fp32",
     papers: Papers | None = None,
     force: bool = False,
+    lossy: int | None = None,
 ) -> list[Exported]:
     """Write an adapter in some formats and prove each by reading it back the way its users' programs do.
 
@@ -108,6 +132,8 @@ def export(  # noqa: PLR0913 - what the user chooses, one keyword each
         dtype: "fp32", "fp16" or "bf16", of the written weights.
         papers: what the files say about themselves.
         force: keep a merged model although rounding takes more of the adapter than is allowed.
+        lossy: rank of the LoRA that stands in where a layout cannot say what the adapter does; the loss is measured
+            and written into the file. None refuses instead.
 
     Returns:
         one entry per format, in the order asked for.
@@ -120,24 +146,54 @@ def export(  # noqa: PLR0913 - what the user chooses, one keyword each
         StorageError: if the disk is full or cannot be written.
     """
     _check_request(name, formats, dtype)
-    job = Job(file, family, components, name, DTYPES[dtype], papers or Papers(), force)
-    adapter.check(job)
+    job = Job(file, family, components, name, DTYPES[dtype], papers or Papers(), force, lossy)
+    changes.check(job)
     truth = reference(job)
-    staging = output_dir / f".export-{os.getpid()}"
+    sweep(output_dir)
+    staging = output_dir / f".export-{os.getpid()}-{secrets.token_hex(4)}"
     results = []
     try:
         with storage.disk_errors(output_dir):
-            for format_name in dict.fromkeys(formats):
-                layout = FORMATS[format_name]
-                path = staging / layout.target(name)
-                rounding = layout.write(job, path)
-                checks = tuple(verify(job, path, reader, truth) for reader in layout.readers)
-                results.append(Exported(format_name, output_dir / path.name, _size(path), checks, rounding))
+            for format_name in _asked(job, formats):
+                results.append(_one(job, format_name, staging, truth))
             for result in results:
-                storage.publish(staging / result.path.name, result.path)
+                storage.publish(staging / result.path.name, output_dir / result.path.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return results
+    return [replace(result, path=output_dir / result.path.name) for result in results]
+
+
+def _one(job: Job, format_name: str, staging: Path, truth: Reference) -> Exported:
+    """Write one format beside its place and read it back."""
+    layout = FORMATS[format_name]
+    path = staging / layout.target(job.name)
+    outcome = layout.write(job, path)
+    readers, notes = readers_of(job, path, format_name, layout.readers)
+    checks = tuple(verify(job, path, reader, truth, outcome) for reader in readers)
+    if format_name == "embeddings":
+        worst, count = words.check_words(job, path)
+        checks = (Verification("load_textual_inversion", count, worst, 0.0, "", 0.0, 0.0, 0.0, 0.0),)
+    return Exported(
+        format_name, path, _size(path), checks, outcome.rounding, outcome.lost, (*outcome.notes, *notes)
+    )
+
+
+def _asked(job: Job, formats: Sequence[str]) -> list[str]:
+    """The formats to write: learned words go beside every file that has no place for them, and may be all there is."""
+    asked = list(dict.fromkeys(formats))
+    if not job.file.header.tokens:
+        return asked
+    if not job.file.components():
+        asked = [name for name in asked if name not in adapter.LAYOUTS]
+    beside = any(name != "merged" for name in formats)
+    return [*asked, *(["embeddings"] if beside and "embeddings" not in asked else [])]
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed exports left behind; what another process may still be writing stays for an hour."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if LEFTOVER.fullmatch(path.name) and time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _check_request(name: str, formats: Sequence[str], dtype: str) -> None:
@@ -171,6 +227,7 @@ def _size(path: Path) -> int:
 
 
 __all__ = [
+    "DETAILS",
     "DTYPES",
     "FORMATS",
     "Card",

@@ -25,6 +25,9 @@ class Card:
         description: a paragraph below the heading.
         trigger_words: what calls the subject; the first becomes the hub's instance prompt.
         license: an SPDX id or a hub licence name; empty leaves it open.
+        author: who made it; empty leaves it out.
+        pipeline: diffusers class that loads the base.
+        embeddings: names of the files of learned words, in the folder `embeddings`.
         kohya_file: name of the file for A1111 and ComfyUI; empty if there is none.
         diffusers_file: name of the file for diffusers; empty if there is none.
         figures: (what, value) rows of the results table, e.g. ("subject fidelity", "0.83").
@@ -39,6 +42,9 @@ class Card:
     description: str = ""
     trigger_words: tuple[str, ...] = ()
     license: str = ""
+    author: str = ""
+    pipeline: str = "StableDiffusionPipeline"
+    embeddings: tuple[str, ...] = ()
     kohya_file: str = ""
     diffusers_file: str = "pytorch_lora_weights.safetensors"
     figures: Sequence[tuple[str, str]] = ()
@@ -106,8 +112,8 @@ def _usage(card: Card) -> list[str]:
         parts += [
             "With diffusers, from the folder that holds this file:",
             "```python\n"
-            "from diffusers import StableDiffusionPipeline\n\n"
-            f"pipeline = StableDiffusionPipeline.from_pretrained({origin})\n"
+            f"from diffusers import {card.pipeline}\n\n"
+            f"pipeline = {card.pipeline}.from_pretrained({origin})\n"
             f'pipeline.load_lora_weights(".", weight_name={json.dumps(card.diffusers_file)})\n'
             f'pipeline({json.dumps(prompt, ensure_ascii=False)}).images[0].save("picture.png")\n'
             "```",
@@ -119,6 +125,14 @@ def _usage(card: Card) -> list[str]:
             f"In A1111 and Forge: copy `{card.kohya_file}` to `models/Lora` and write "
             f"`<lora:{stem}:1>` in the prompt.",
         ]
+    if card.embeddings:
+        parts.append(
+            f"The learned words stand in `embeddings`: copy {', '.join(f'`{name}`' for name in card.embeddings)} to "
+            "`models/embeddings` (ComfyUI) or `embeddings` (A1111); diffusers reads them with `load_textual_inversion`."
+        )
+    if card.author or card.license:
+        stated = [f"by {card.author}"] * bool(card.author) + [f"licence {card.license}"] * bool(card.license)
+        parts.append(f"Published {', '.join(stated)}. The base model's own licence holds for its use too.")
     return [
         *parts,
         f"The base model is {link}.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,10 +12,13 @@ from torch import nn
 from finetune.adapters.files import AdapterFile
 from finetune.errors import UserError
 from finetune.families.base import Components, ModelFamily
+from finetune.interchange.adapter import Adapter
 from finetune.sampling import network
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """name -> number format of the written weights."""
+DETAILS = ("minimal", "public", "full")
+"""How much a file says about itself; see `Papers.detail`."""
 
 
 class ExportError(UserError):
@@ -37,6 +41,10 @@ class Papers:
         created: seconds since 1970, e.g. when the run ended. None takes SOURCE_DATE_EPOCH, or leaves dates
             out; never the clock, so that an export can be repeated byte for byte.
         dataset_digest: SHA-256 over the data set's manifest.
+        thumbnail: a small picture as a data URL, shown by model managers; empty for none.
+        configuration: the run's configuration without places, for detail "full".
+        detail: "minimal": what readers need, title, trigger words and licence. "public": and how it was
+            trained. "full": and the whole configuration. None of them holds a path, a user, a host or a token.
         extra: further metadata entries under their full names.
     """
 
@@ -52,6 +60,9 @@ class Papers:
     seed: int | None = None
     created: int | None = None
     dataset_digest: str = ""
+    thumbnail: str = ""
+    configuration: dict[str, Any] = field(default_factory=dict)
+    detail: str = "public"
     extra: dict[str, str] = field(default_factory=dict)
 
 
@@ -64,6 +75,7 @@ class Job:
         name: file name without an ending.
         dtype: number format of the written weights.
         force: write a merged model although rounding takes more of the adapter than is allowed.
+        lossy: rank of the LoRA that stands in for what a layout cannot say; None refuses instead.
     """
 
     file: AdapterFile
@@ -73,6 +85,7 @@ class Job:
     dtype: torch.dtype
     papers: Papers
     force: bool = False
+    lossy: int | None = None
 
     def networks(self) -> Iterator[tuple[str, nn.Module]]:
         """(component, live network) for every network of the base that an adapter may change."""
@@ -85,3 +98,38 @@ class Job:
     def dtype_name(self) -> str:
         """The number format as users write it."""
         return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What rounding takes from the adapter, as shares: of all layers, and of the layer that loses most."""
+
+    total: float
+    worst: float
+    worst_module: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What writing a format came to.
+
+    Attributes:
+        rounding: for a merged model, what its number format takes from the adapter.
+        wanted: what was written in place of the adapter, where it is an approximation.
+        lost: share of the adapter's change of the weights that an approximation takes; 0 if there is none.
+        notes: what a user should know about the file.
+    """
+
+    rounding: Rounding | None = None
+    wanted: Adapter | None = None
+    lost: float = 0.0
+    notes: tuple[str, ...] = ()
+
+
+SHOWN = 8
+
+
+def shortened(problems: list[str]) -> list[str]:
+    """The first few problems and how many more there are."""
+    more = [f"and {len(problems) - SHOWN} more."] if len(problems) > SHOWN else []
+    return [*problems[:SHOWN], *more]

@@ -27,8 +27,19 @@ LEGACY_SPAN = (0x100000, 0x10000)
 """Offset and length in bytes of the stretch that A1111's old short hash covers."""
 
 
-def modelspec(job: Job) -> dict[str, str]:
+MINIMAL = (
+    "format", "modelspec.sai_model_spec", "modelspec.architecture", "modelspec.implementation", "modelspec.title",
+    "modelspec.license", "modelspec.author", "modelspec.trigger_phrase", "modelspec.prediction_type",
+    "ss_base_model_version", "ss_v2", "ss_network_module", "ss_output_name",
+)  # fmt: skip
+"""What every file says, whatever detail is asked for: readers choose by it how to load the file."""
+
+
+def modelspec(job: Job, kind: str = "lora") -> dict[str, str]:
     """Entries of ModelSpec 1.0.1 and our own provenance, without hashes; empty ones are left out.
+
+    Args:
+        kind: what the file is to its architecture: "lora", "textual-inversion", or empty for a whole model.
 
     Raises:
         ExportError: if an entry holds an absolute path, a token or the home folder.
@@ -39,7 +50,7 @@ def modelspec(job: Job) -> dict[str, str]:
     entries = {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{job.family.modelspec_architecture}/lora",
+        "modelspec.architecture": f"{job.family.modelspec_architecture}{f'/{kind}' if kind else ''}",
         "modelspec.implementation": "diffusers",
         "modelspec.title": papers.title or job.name,
         "modelspec.description": papers.description,
@@ -50,6 +61,7 @@ def modelspec(job: Job) -> dict[str, str]:
         "modelspec.resolution": f"{papers.resolution}x{papers.resolution}" if papers.resolution else "",
         "modelspec.trigger_phrase": triggers,
         "modelspec.usage_hint": f"Write {triggers} in the prompt." if triggers else "",
+        "modelspec.thumbnail": papers.thumbnail,
         "modelspec.prediction_type": prediction.get(
             job.components.scheduler_config.get("prediction_type", ""), ""
         ),
@@ -58,17 +70,15 @@ def modelspec(job: Job) -> dict[str, str]:
         "finetune.run_digest": header.run_digest,
         "finetune.dataset_digest": papers.dataset_digest,
         "finetune.step": str(header.step),
+        "finetune.method": json.dumps(header.method, sort_keys=True),
+        **_configuration(job),
         **papers.extra,
     }
-    return _public({name: value for name, value in entries.items() if value})
+    return _public(_asked(job, entries))
 
 
-def kohya(job: Job, alpha: float) -> dict[str, str]:
-    """The ss_* entries that A1111, InvokeAI, ComfyUI managers and sd-scripts read.
-
-    Args:
-        alpha: what the file's `.alpha` tensors say; the rank shown is the largest one.
-    """
+def kohya(job: Job) -> dict[str, str]:
+    """The ss_* entries that A1111, InvokeAI, ComfyUI managers and sd-scripts read, but for those about the network."""
     papers, header = job.papers, job.file.header
     version = job.family.kohya_base_version
     created = _created(job)
@@ -79,9 +89,6 @@ def kohya(job: Job, alpha: float) -> dict[str, str]:
     entries = {
         "ss_base_model_version": version,
         "ss_v2": str("v2" in version),
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(max(header.rank.values())),
-        "ss_network_alpha": f"{alpha:g}",
         "ss_network_args": "{}",
         "ss_output_name": job.name,
         "ss_sd_model_name": public_name(header.base),
@@ -99,7 +106,7 @@ def kohya(job: Job, alpha: float) -> dict[str, str]:
         if papers.images
         else "",
     }
-    return _public({name: value for name, value in entries.items() if value})
+    return _public(_asked(job, entries))
 
 
 def with_hashes(tensors: Mapping[str, Tensor], entries: Mapping[str, str]) -> dict[str, str]:
@@ -152,11 +159,24 @@ def private_parts(text: str) -> list[str]:
     return found
 
 
+def _asked(job: Job, entries: Mapping[str, str]) -> dict[str, str]:
+    """Those entries that say something and are wanted."""
+    minimal = job.papers.detail == "minimal"
+    return {name: value for name, value in entries.items() if value and (not minimal or name in MINIMAL)}
+
+
+def _configuration(job: Job) -> dict[str, str]:
+    """The whole run for detail "full"."""
+    if job.papers.detail != "full" or not job.papers.configuration:
+        return {}
+    return {"finetune.run": json.dumps(job.papers.configuration, sort_keys=True, ensure_ascii=False)}
+
+
 def _public(entries: dict[str, str]) -> dict[str, str]:
     problems = [
         f"{name} holds {part}; everyone who gets the file could read it: take it out."
         for name, value in entries.items()
-        for part in private_parts(value)
+        for part in private_parts("" if name == "modelspec.thumbnail" else value)
     ]
     if problems:
         raise ExportError("The file's metadata would give away something private.", problems)

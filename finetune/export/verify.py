@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from finetune.adapters.files import delta_weight
-from finetune.export.adapter import shortened
-from finetune.export.job import ExportError, Job
-from finetune.export.readers import READERS, Deltas, Reading
+from finetune.export.changes import Deltas, deltas
+from finetune.export.job import ExportError, Job, Outcome, shortened
+from finetune.export.readers import READERS, Reading
 from finetune.families.base import Components, ModelFamily, SizeConditioning
 from finetune.rng import rng
 from finetune.sampling import adapter_applied, evaluating
@@ -66,55 +67,72 @@ class Verification:
 
 @dataclass(frozen=True)
 class Reference:
-    """The truth a file is held against: the live base without and with the adapter."""
+    """The truth a file is held against: the live base without and with the adapter.
+
+    Attributes:
+        words: what the live model says to prompts with the learned words; empty if there are none.
+    """
 
     deltas: Deltas
     without: dict[str, Tensor]
     live: dict[str, Tensor]
+    words: dict[str, Tensor]
 
 
 def reference(job: Job) -> Reference:
     """Compute it once per export, whatever the number of formats."""
-    deltas = {
-        (component, module): delta_weight(down.float(), up.float()) * job.file.scale(component)
-        for component, module, down, up in job.file.modules()
-    }
     without = outputs(job.family, job.components)
     with adapter_applied(job.family, job.components, job.file):
         live = outputs(job.family, job.components)
-    return Reference(deltas, without, live)
+        words = outputs(job.family, job.components, word_prompts(job)) if job.file.header.tokens else {}
+    return Reference(deltas(job), without, live, words)
 
 
-def verify(job: Job, path: Path, reader: str, truth: Reference) -> Verification:
+def word_prompts(job: Job) -> tuple[str, ...]:
+    """Prompts with the first and the last learned word."""
+    words = job.file.header.tokens
+    return f"a photo of {words[0]}", f"{words[-1]} by the sea"
+
+
+def wanted_deltas(truth: Reference, outcome: Outcome) -> Deltas:
+    """What the file was meant to say: the adapter, or what was written in its place."""
+    if outcome.wanted is None:
+        return truth.deltas
+    return {
+        place: partial(_as_deltas, update.delta) for place, update in outcome.wanted.updates.items()
+    }
+
+
+def _as_deltas(delta: Any) -> dict[str, Tensor]:
+    return {"weight": delta().double()}
+
+
+def verify(job: Job, path: Path, reader: str, truth: Reference, outcome: Outcome) -> Verification:
     """Read a written file back and compare.
 
     Raises:
-        ExportError: if the reader refuses the file, misses or adds a module, or anything differs more than
-            rounding explains; the worst modules are named.
+        ExportError: if the reader refuses the file, misses or adds a layer, or anything differs more than
+            rounding explains; the worst layers are named. An approximation is held against what was to be written,
+            and how far its outputs are from the trained ones is measured, not limited.
     """
-    try:
-        reading = READERS[reader](job, path)
-    except ExportError:
-        raise
-    except Exception as error:  # whatever a foreign reader raises, the file is of no use to its users
-        first_line = (str(error).splitlines() or [""])[0]
-        raise ExportError(
-            f"{path.name} was not kept: its {reader} reader refuses it.",
-            [f"{type(error).__name__}: {first_line}", *_advice(job)],
-        ) from error
+    reading = _read(job, path, reader)
     weights = (0.0, 0.0, "")
     if reading.deltas is not None:
-        weights = _compare_weights(job, path, reader, truth.deltas, reading)
-    read = outputs(job.family, reading.components)
-    max_abs, relative = _difference(truth.live, read)
-    effect = _difference(truth.live, truth.without)[1]
+        weights = _compare_weights(job, path, reader, wanted_deltas(truth, outcome), reading)
+    max_abs, relative = _difference(truth.live, outputs(job.family, reading.components))
+    if reading.words and truth.words:
+        told = outputs(job.family, reading.components, word_prompts(job))
+        max_abs, relative = max((max_abs, relative), _difference(truth.words, told))
+    effect = max(
+        _difference(truth.live, truth.without)[1], _difference(truth.words, truth.without)[1] if truth.words else 0.0
+    )
     limit = COMPUTE_LIMIT[next(job.components.denoiser.parameters()).dtype]
     if job.dtype != torch.float32:
         limit += AMPLIFICATION * WEIGHTS_LIMIT[job.dtype] * effect
     result = Verification(reader, reading.modules, *weights, max_abs, relative, effect, limit)
     # What a half-precision merge loses is limited in `merged`; its file was compared bit by bit.
     rounded = reading.deltas is None and job.dtype != torch.float32
-    if not relative <= limit and not rounded:
+    if not relative <= limit and not rounded and outcome.wanted is None:
         raise ExportError(
             f"{path.name} was not kept: read back by {reader}, the model's outputs differ by {relative:.2e} "
             f"of their size (at most {limit:.0e}).",
@@ -123,8 +141,23 @@ def verify(job: Job, path: Path, reader: str, truth: Reference) -> Verification:
     return result
 
 
+def _read(job: Job, path: Path, reader: str) -> Reading:
+    try:
+        return READERS[reader](job, path)
+    except ExportError:
+        raise
+    except Exception as error:  # whatever a foreign reader raises, the file is of no use to its users
+        first_line = (str(error).splitlines() or [""])[0]
+        raise ExportError(
+            f"{path.name} was not kept: its {reader} reader refuses it.",
+            [f"{type(error).__name__}: {first_line}", *_advice(job)],
+        ) from error
+
+
 @torch.no_grad()
-def outputs(family: ModelFamily, components: Components) -> dict[str, Tensor]:
+def outputs(
+    family: ModelFamily, components: Components, prompts: Sequence[str] = PROMPTS
+) -> dict[str, Tensor]:
     """What the text encoders and the denoiser say to fixed prompts, noise and timesteps; on the CPU, in fp32.
 
     TF32 is off meanwhile: its rounding would hide a difference.
@@ -132,13 +165,13 @@ def outputs(family: ModelFamily, components: Components) -> dict[str, Tensor]:
     device = family.device_of(components.denoiser)
     parameter = next(components.denoiser.parameters())
     config: Any = components.denoiser.config
-    side = min(int(config.sample_size), LARGEST_SIDE)
-    shape = (len(PROMPTS), int(config.in_channels), side, side)
+    side = min(int(getattr(config, "sample_size", None) or LARGEST_SIDE), LARGEST_SIDE)
+    shape = (len(prompts), family.latent_channels(components.denoiser), side, side)
     noisy = torch.randn(shape, generator=rng(0, "verify")).to(device, parameter.dtype)
-    pixels = torch.full((len(PROMPTS), 2), side * 8, device=device)
+    pixels = torch.full((len(prompts), 2), side * 8, device=device)
     sizes = SizeConditioning(pixels, torch.zeros_like(pixels), pixels)
     tokens = {
-        name: ids.to(device) for name, ids in family.tokenize(components.tokenizers, list(PROMPTS)).items()
+        name: ids.to(device) for name, ids in family.tokenize(components.tokenizers, list(prompts)).items()
     }
     with (
         evaluating(components),
@@ -164,9 +197,13 @@ def _compare_weights(
     ]
     figures = []
     for key in sorted(set(wanted) & set(read)):
-        difference = read[key].cpu() - wanted[key].cpu()
-        size = float(wanted[key].norm())
-        figures.append((float(difference.norm()) / size, float(difference.abs().max()), ".".join(key)))
+        ours, theirs = wanted[key](), read[key]()
+        problems += [f"{'.'.join(key)} loses its {name}." for name in ours if name not in theirs and ours[name].any()]
+        for name in sorted(ours.keys() & theirs.keys()):
+            difference = theirs[name].double().cpu().reshape(ours[name].shape) - ours[name].cpu()
+            size = float(ours[name].norm())
+            lost = float(difference.norm())
+            figures.append((lost / size if size else lost, float(difference.abs().max()), ".".join(key)))
     figures.sort(reverse=True)
     problems += [
         f"{name} differs by {relative:.2e} of its size."
@@ -179,16 +216,18 @@ def _compare_weights(
             f"trained (at most {limit:.0e} of a module's change may be lost in {job.dtype_name}).",
             [*shortened(problems), *_advice(job)],
         )
+    if not figures:
+        return 0.0, 0.0, ""
     return max(largest for _, largest, _ in figures), figures[0][0], figures[0][2]
 
 
 def _advice(job: Job) -> list[str]:
     """diffusers finds a text encoder's modules in kohya layout only if all four projections are there."""
-    trained = {(component, module.rsplit(".", 1)[-1]) for component, module, *_ in job.file.modules()}
+    trained = {(component, module.rsplit(".", 1)[-1]) for component, module in job.file.layers()}
     missing = [
         f"{component}'s {projection}"
         for component in job.file.components()
-        if component != job.family.denoiser
+        if component != job.family.denoiser and component not in job.family.t5_tokens
         for projection in ("q_proj", "k_proj", "v_proj", "out_proj")
         if (component, projection) not in trained
     ]

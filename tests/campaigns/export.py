@@ -81,6 +81,7 @@ def cases(folder: Path, family: str, method: str, formats: tuple[str, ...]) -> I
 def main() -> None:
     """Fill the table."""
     formats = (*(name for name in FORMATS if name != "embeddings"), LOSSY)
+    head = [f"| method | {' | '.join(formats)} |", "|---|" + "---|" * len(formats)]
     for family in sys.argv[1:] or list(TWINS):
         reasons: dict[str, int] = {}
         lines = []
@@ -92,9 +93,8 @@ def main() -> None:
                     cells.append(_cell(done, reasons))
                     sys.stderr.write(f"{family} {method} {name}: {cells[-1]}\n")
                 lines.append(f"| {method} | {' | '.join(cells)} |")
-        head = [f"| method | {' | '.join(formats)} |", "|---|" + "---|" * len(formats)]
-        notes = [f"[{number}] {reason}" for reason, number in reasons.items()]
-        _put(family, "\n".join(["", *head, *lines, "", "\n\n".join(notes)]))
+                notes = [f"[{number}] {reason}" for reason, number in reasons.items()]
+                _put(family, "\n".join(["", *head, *lines, "", "\n\n".join(notes)]))
 
 
 def _put(family: str, text: str) -> None:

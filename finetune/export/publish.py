@@ -1,0 +1,104 @@
+"""Publishing on the Hugging Face hub: what goes is checked and shown first; the token is never seen here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils._validators import validate_repo_id
+
+from finetune.errors import ConfigError
+from finetune.export.job import ExportError, shortened
+from finetune.export.manifest import check_manifest
+from finetune.export.metadata import private_parts
+
+TEXTS = {".md", ".json", ".jsonl", ".txt", ".yaml"}
+CARD = "README.md"
+LARGEST_TEXT = 20 * 2**20
+"""Text files up to this many bytes are looked through; a larger one is refused."""
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What went to the hub, or would go.
+
+    Attributes:
+        files: (name in the repository, bytes).
+        address: of the commit; of the repository for a dry run.
+    """
+
+    files: tuple[tuple[str, int], ...]
+    address: str
+
+    def rows(self) -> list[tuple[str, str]]:
+        """For a table."""
+        total = sum(size for _, size in self.files)
+        listed = [(name, f"{size / 2**20:.2f} MB") for name, size in self.files]
+        return [*listed, ("all", f"{total / 2**20:.2f} MB to {self.address}")]
+
+
+def push_folder(folder: Path, repository: str, *, dry_run: bool = False, public: bool = False) -> Sent:
+    """Send a built folder to the hub.
+
+    Args:
+        folder: with a model card; if it has a manifest, every file must still be what the manifest says.
+        repository: "owner/name".
+        dry_run: check everything and send nothing.
+        public: for a new repository; otherwise it is private.
+
+    Raises:
+        ConfigError: if there is nothing to send, the name is none, or nobody is logged in.
+        ExportError: if a file would give away something private, or the hub refuses.
+    """
+    files = _files(folder, repository)
+    sent = Sent(tuple((name, (folder / name).stat().st_size) for name in files),
+                f"https://huggingface.co/{repository}")  # fmt: skip
+    if dry_run:
+        return sent
+    api = HfApi()
+    try:
+        api.create_repo(repository, private=not public, exist_ok=True)
+        commit = api.upload_folder(repo_id=repository, folder_path=str(folder), allow_patterns=files,
+                                   commit_message="Upload adapter")  # fmt: skip
+    except LocalTokenNotFoundError as error:
+        raise ConfigError("Nobody is logged in to the hub.", ["run `hf auth login`, or set HF_TOKEN."]) from error
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise ExportError(f"{repository} was not written.", [f"{type(error).__name__}: {first}"]) from error
+    return Sent(sent.files, str(commit.commit_url))
+
+
+def _files(folder: Path, repository: str) -> list[str]:
+    """Names of what goes, all checks passed."""
+    problems = []
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        problems.append(f"{repository!r} is no repository: {str(error).splitlines()[0]}")
+    if repository.count("/") != 1:
+        problems.append(f"{repository!r} is not OWNER/NAME.")
+    if not (folder / CARD).is_file():
+        problems.append(f"{folder} has no model card; `finetune build` writes one with the files.")
+    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()) \
+        if folder.is_dir() else []  # fmt: skip
+    files = [name for name in files if not any(part.startswith(".") for part in Path(name).parts)]
+    if not any(name.endswith(".safetensors") for name in files):
+        problems.append(f"{folder} holds no .safetensors file; name the folder that `finetune build` made.")
+    if problems:
+        raise ConfigError("Nothing can be sent:", problems)
+    changed = check_manifest(folder) if (folder / "manifest.json").is_file() else []
+    if changed:
+        raise ConfigError(f"{folder} is no longer what was built; build it again.", shortened(changed))
+    if private := [f"{name} holds {part}." for name in files for part in _private(folder / name)]:
+        raise ExportError("These files would give away something private; nothing was sent.", shortened(private))
+    return files
+
+
+def _private(path: Path) -> list[str]:
+    if path.suffix not in TEXTS or path.name in {"vocab.json", "tokenizer.json", "merges.txt"}:
+        return []
+    if path.stat().st_size > LARGEST_TEXT:
+        return ["too much text to look through"]
+    return private_parts(path.read_text(encoding="utf-8", errors="replace"))

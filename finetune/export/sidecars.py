@@ -1,0 +1,111 @@
+"""What model managers show beside a file: a small picture, and the trigger words."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from finetune import storage
+from finetune.errors import ConfigError, nearest
+from finetune.export.job import ExportError, Papers
+from finetune.export.metadata import private_parts
+from finetune.families.base import ModelFamily
+
+SIDE = 256
+"""Longest side of a thumbnail in pixels."""
+GENERATIONS = {"sd_v1": "SD1", "sd_v2": "SD2", "sdxl_base": "SDXL"}
+"""Start of the architecture's kohya version -> what A1111 calls it in its user metadata."""
+PLACES = {
+    "comfyui": {"kohya": "models/loras", "single-file": "models/checkpoints", "embeddings": "models/embeddings"},
+    "a1111": {"kohya": "models/Lora", "single-file": "models/Stable-diffusion", "embeddings": "embeddings"},
+}
+"""Program -> format -> folder below the program's own."""
+
+
+def thumbnail(picture: Path) -> str:
+    """A picture as a small JPEG in a data URL, for ModelSpec's header entry."""
+    with Image.open(picture) as image:
+        small = image.convert("RGB")
+        small.thumbnail((SIDE, SIDE))
+        stream = io.BytesIO()
+        small.save(stream, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def write_sidecars(
+    folder: Path, name: str, family: ModelFamily, triggers: Sequence[str], papers: Papers, sheet: Path | None
+) -> list[Path]:
+    """`NAME.json` and `NAME.png` beside `NAME.safetensors`, where A1111, Forge and InvokeAI look for them.
+
+    Source: stable-diffusion-webui modules/ui_extra_networks_user_metadata.py.
+    """
+    start = family.kohya_base_version
+    version = next((shown for known, shown in GENERATIONS.items() if start.startswith(known)), "Unknown")
+    document = {
+        "description": papers.description,
+        "sd version": version,
+        "activation text": ", ".join(triggers),
+        "preferred weight": 1.0,
+        "notes": f"Licence: {papers.license}" if papers.license else "",
+    }
+    private = [part for text in document.values() for part in private_parts(str(text))]
+    if problems := [f"{name}.json would hold {part}." for part in private]:
+        raise ExportError("A file beside the adapter would give away something private.", problems)
+    storage.write_json(folder / f"{name}.json", document)
+    if sheet is None:
+        return [folder / f"{name}.json"]
+    with Image.open(sheet) as image:
+        # keep: written anew, because pictures of a run may hold text chunks.
+        small = image.convert("RGB")
+        small.thumbnail((2 * SIDE, 2 * SIDE))
+        small.save(folder / f"{name}.png")
+    return [folder / f"{name}.json", folder / f"{name}.png"]
+
+
+def install_files(where: str, exported: dict[str, Path]) -> list[Path]:
+    """Copy exported files to where a program looks for them.
+
+    Args:
+        where: "comfyui:FOLDER" or "a1111:FOLDER", the folder of the program itself.
+        exported: format -> file or folder.
+
+    Returns:
+        the new files.
+
+    Raises:
+        ConfigError: for a program that is not known, a folder that is not its own, or formats it has no place for.
+    """
+    program, _, text = where.partition(":")
+    if program not in PLACES or not text:
+        raise ConfigError(
+            f"--install {where} is not understood{nearest(program, PLACES)}.",
+            [f"write {' or '.join(f'{name}:FOLDER' for name in PLACES)}."],
+        )
+    folder = Path(text).expanduser()
+    places = {name: folder / place for name, place in PLACES[program].items() if name in exported}
+    problems = [f"{place} does not exist; is {folder} the folder of {program}?" for place in places.values()
+                if not place.is_dir()]  # fmt: skip
+    if not places:
+        problems.append(f"{program} reads {', '.join(PLACES[program])}; export one of them.")
+    if problems:
+        raise ConfigError("The files cannot be installed:", problems)
+    found = []
+    for name, place in places.items():
+        source = exported[name]
+        files = sorted(source.iterdir()) if source.is_dir() else sorted(source.parent.glob(f"{source.stem}.*"))
+        for file in files:
+            if file.suffix in {".safetensors", ".json", ".png"}:
+                found.append(place / file.name)
+                _copy(file, found[-1])
+    return found
+
+
+def _copy(source: Path, target: Path) -> None:
+    beside = target.with_name(f".{target.name}.part")
+    with storage.disk_errors(target):
+        beside.write_bytes(source.read_bytes())
+        storage.publish(beside, target)

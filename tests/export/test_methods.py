@@ -1,0 +1,122 @@
+"""Every method in every family: carried exactly and read back, or refused with what can carry it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from finetune.adapters.files import TOKENS
+from finetune.export import ExportError, Papers, export
+from finetune.families import load_family
+from finetune.storage import read_safetensors
+from tests.campaigns.export import trained
+from tests.tiny import random_adapter, write_twin
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    """(family, method) -> (adapter, family, components), made once."""
+    made = {}
+
+    def make(family, method):
+        if (family, method) not in made:
+            folder = tmp_path_factory.getbasetemp() / f"base-{family}"
+            if not folder.exists():
+                write_twin(family, folder)
+            made[family, method] = (trained(*load_family(str(folder)), method), *load_family(str(folder)))
+        return made[family, method]
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "formats"),
+    [
+        ("sdxl", "lora", ["kohya", "single-file"]),
+        ("sd1", "dora", ["diffusers", "peft"]),
+        ("sd1", "loha", ["kohya"]),
+        ("sd1", "lokr", ["kohya", "peft"]),
+        ("sd1", "ia3", ["kohya"]),
+        ("sd3", "lora", ["kohya", "diffusers"]),
+        pytest.param("sd1", "oft", ["peft", "merged"], marks=pytest.mark.slow),
+        pytest.param("sd1", "full", ["merged", "kohya"], marks=pytest.mark.slow),
+        pytest.param("flux", "lora", ["kohya", "diffusers", "single-file"], marks=pytest.mark.slow),
+    ],
+)
+def test_methods_read_back(adapters, tmp_path, family, method, formats):
+    """What the layout can say, its readers understand: outputs differ by the order of sums alone."""
+    for done in export(*adapters(family, method), tmp_path, name="toy", formats=formats):
+        assert done.verification
+        for check in done.verification:
+            assert check.weights_relative < 1e-5
+            assert check.outputs_relative < 1e-5 < check.effect
+
+
+def test_sdxl_is_named_as_its_original_network_in_kohya_layout(adapters, tmp_path):
+    """sd-scripts runs SDXL's original UNet, and A1111 does not find every layer under diffusers' names."""
+    export(*adapters("sdxl", "lora"), tmp_path, name="toy", formats=["kohya"])
+    tensors, metadata = read_safetensors(tmp_path / "toy.safetensors")
+    assert any(name.startswith("lora_unet_input_blocks_") for name in tensors)
+    assert any(name.startswith("lora_te2_text_model_encoder_layers_0") for name in tensors)
+    assert not any("down_blocks" in name for name in tensors)
+    assert metadata["ss_base_model_version"] == "sdxl_base_v1-0"
+    assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+
+
+def test_what_a_layout_cannot_say_is_refused_with_what_can(adapters, tmp_path):
+    """Readers disagree on DoRA in kohya layout; a file that looks right and is not would be worse than none."""
+    with pytest.raises(ExportError, match="kohya layout cannot carry") as caught:
+        export(*adapters("sd1", "dora"), tmp_path, name="toy", formats=["kohya"])
+    text = caught.value.text()
+    assert "readers disagree" in text
+    assert "--format diffusers, --format peft, --format merged" in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_is_allowed_is_measured_and_told(adapters, tmp_path):
+    """A LoRA of rank 2 in place of a DoRA: the share that is lost stands in the file."""
+    (done,) = export(*adapters("sd1", "dora"), tmp_path, name="toy", formats=["kohya"], lossy=2)
+    _, metadata = read_safetensors(done.path)
+    assert 0.01 < done.lost < 1
+    assert float(metadata["finetune.lost_share"]) == pytest.approx(done.lost, abs=1e-6)
+    assert "rank 2" in metadata["finetune.lost_how"]
+
+
+def words(base):
+    """An adapter of the text encoder that learned a word of two vectors."""
+    file = random_adapter(*base, rank={"text_encoder": 4}, alpha={"text_encoder": 4.0})
+    width = base[1].text_encoders["text_encoder"].config.hidden_size
+    vectors = torch.randn(2, width, generator=torch.Generator().manual_seed(1)) * 0.1
+    header = dataclasses.replace(file.header, tokens=("<robot>",), trigger_words=("<robot>",))
+    return dataclasses.replace(file, tensors={**file.tensors, f"text_encoder.{TOKENS}.0": vectors}, header=header)
+
+
+def test_learned_words_go_beside_adapters_and_into_folders(base, tmp_path):
+    """diffusers refuses a kohya file with bundled words; each program has its own place for them."""
+    file = words(base)
+    done = {item.format: item for item in export(file, *base, tmp_path, name="toy", formats=["kohya", "merged"])}
+    tensors, metadata = read_safetensors(tmp_path / "embeddings" / "robot.safetensors")
+    assert torch.equal(tensors["emb_params"], file.tensors[f"text_encoder.{TOKENS}.0"])
+    assert metadata["modelspec.trigger_phrase"] == "<robot>"
+    assert done["embeddings"].verification[0].weights_max_abs == 0
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "merged")
+    ids = pipeline.tokenizer("<robot>", add_special_tokens=False).input_ids
+    table = pipeline.text_encoder.get_input_embeddings().weight
+    assert torch.equal(table[ids[0]], tensors["emb_params"][0])
+
+
+@pytest.mark.parametrize(("detail", "there"), [("minimal", False), ("public", False), ("full", True)])
+def test_metadata_says_as_much_as_was_asked(base, adapter, tmp_path, detail, there):
+    """Who publishes decides what readers learn; how to load it is always said."""
+    papers = Papers(detail=detail, configuration={"train": {"steps": 3}}, optimizer="adamw", author="me")
+    export(adapter, *base, tmp_path, name="toy", formats=["kohya"], papers=papers)
+    _, metadata = read_safetensors(tmp_path / "toy.safetensors")
+    assert ("finetune.run" in metadata) == there
+    assert ("ss_optimizer" in metadata) == (detail != "minimal")
+    assert metadata["ss_base_model_version"] == "sd_v1"
+    assert metadata["modelspec.author"] == "me"
+    assert not there or json.loads(metadata["finetune.run"]) == {"train": {"steps": 3}}

@@ -1,0 +1,72 @@
+"""Nothing is published that was not looked at, and nothing is sent by a dry run."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+
+from finetune.errors import ConfigError
+from finetune.export import ExportError, sweep, write_manifest
+from finetune.export.publish import push_folder
+from finetune.export.sidecars import install_files
+
+
+@pytest.fixture
+def built(tmp_path):
+    folder = tmp_path / "dist"
+    folder.mkdir()
+    (folder / "toy.safetensors").write_bytes(b"x" * 10)
+    (folder / "README.md").write_text("# toy\n")
+    write_manifest(folder)
+    return folder
+
+
+def test_a_dry_run_lists_everything_and_needs_no_network(built):
+    """The list is what the upload takes, name by name."""
+    sent = push_folder(built, "me/toy", dry_run=True)
+    assert [name for name, _ in sent.files] == ["README.md", "manifest.json", "toy.safetensors"]
+    assert sent.address.endswith("me/toy")
+
+
+def test_what_was_changed_or_gives_something_away_is_not_sent(built):
+    """A path in a log is as public as the weights."""
+    (built / "notes.md").write_text("see /home/somebody/pictures/cat\n")
+    with pytest.raises(ExportError, match="the path /home/somebody"):
+        push_folder(built, "me/toy", dry_run=True)
+    (built / "notes.md").unlink()
+    (built / "toy.safetensors").write_bytes(b"y" * 10)
+    with pytest.raises(ConfigError, match="no longer what was built"):
+        push_folder(built, "me/toy", dry_run=True)
+
+
+def test_a_folder_without_a_card_is_refused_with_all_problems(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        push_folder(tmp_path, "toy", dry_run=True)
+    assert "not OWNER/NAME" in caught.value.text()
+    assert "finetune build" in caught.value.text()
+
+
+def test_files_go_where_the_program_looks(built, tmp_path):
+    """ComfyUI reads models/loras; a folder that is not ComfyUI's is a typing mistake."""
+    with pytest.raises(ConfigError, match="the folder of comfyui"):
+        install_files(f"comfyui:{tmp_path / 'comfy'}", {"kohya": built / "toy.safetensors"})
+    loras = tmp_path / "comfy" / "models" / "loras"
+    loras.mkdir(parents=True)
+    install_files(f"comfyui:{tmp_path / 'comfy'}", {"kohya": built / "toy.safetensors"})
+    assert (loras / "toy.safetensors").read_bytes() == b"x" * 10
+    with pytest.raises(ConfigError, match="did you mean comfyui"):
+        install_files("comfyiu:/x", {})
+
+
+def test_what_killed_exports_left_is_swept_after_an_hour(tmp_path):
+    """Another process may still be writing a younger one."""
+    old, young, other = (tmp_path / name for name in (".export-12-0a0b0c0d", ".export-13", "kept"))
+    for folder in (old, young, other):
+        folder.mkdir()
+    past = time.time() - 7200
+    for folder in (old, other):
+        os.utime(folder, (past, past))
+    sweep(tmp_path)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [".export-13", "kept"]
