@@ -8,7 +8,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from data_tools.errors import STORAGE, UNSAFE, Problem, UsageError, shown
 from data_tools.files import kind_of, not_regular
@@ -250,6 +250,9 @@ def _split_names(names: list[str]) -> Iterator[Problem]:
 def inside(name: object) -> str | None:
     """`name` in plain relative form, or None when it is no path inside the folder (absolute, `..`, a URL)."""
     if not isinstance(name, str) or not name.strip() or "\0" in name or "://" in name:
+        return None
+    # keep: on Windows "C:x" leaves the folder without any slash; elsewhere it is an ordinary name.
+    if os.name == "nt" and PureWindowsPath(name).drive:
         return None
     if "\\" not in name and not {"", ".", ".."} & set(name.split("/")):
         return name

@@ -88,7 +88,7 @@ def _claim(root: Path, order: Order, source: str) -> None:
             f"{shown(str(root))} is not empty, and its files could mix with the new ones; "
             "choose a new folder with -o, or empty it first."
         )
-    if before is not None and before != said:
+    if before is not None and before != said and any(path != mark for path in root.rglob("*") if path.is_file()):
         raise UsageError(
             f"{shown(str(root))} was filled from {shown(str(before.get('place')))}; choose a new folder with -o."
         )

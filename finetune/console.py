@@ -25,7 +25,7 @@ class ConsoleReporter(Reporter):
 
     def __init__(self, console: Console | None = None) -> None:
         """Draw on `console`, or on standard output."""
-        self.console = console or Console(highlight=False)
+        self.console = console or Console(highlight=False, emoji=False)
         if not self.console.is_terminal:
             self.console.width = PLAIN_WIDTH
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 from finetune.adapters import AdapterFile
-from finetune.adapters.files import ADAPTER_FILE
+from finetune.adapters.files import ADAPTER_FILE, HEADER_KEY
 from finetune.config import ModelConfig, has_word
 from finetune.errors import ConfigError, DataError
 from finetune.families import Components, ModelFamily, load_model
@@ -24,71 +24,14 @@ from finetune.interchange.writing import to_file
 from finetune.run_files import load_run
 from finetune.sampling.generate import generate
 from finetune.sampling.grid import Row, contact_sheet
-from finetune.sampling.guides import Guides, steering_problems
+from finetune.sampling.guides import Guides
+from finetune.sampling.merging import merge_first
 from finetune.sampling.papers import Shot, UsedAdapter, same_picture, save
-from finetune.storage import sha256_file
+from finetune.sampling.wanted import ROLES, Wanted
+from finetune.storage import safetensors_metadata, sha256_file
 from finetune.tracking import Reporter
 from finetune.training.build import DTYPES, auto_dtype
 from finetune.training.devices import on_device
-
-ROLES = ("image", "mask", "control")
-"""Pictures that may be given, fields of `Wanted`."""
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What a user asks for.
-
-    Attributes:
-        prompts: what to draw; brackets are emphasis.
-        count: pictures per prompt, with seeds seed, seed + 1, ...
-        width, height: pixels; None is the base's own size.
-        scheduler: name in SCHEDULERS; None is the checkpoint's own.
-        adapters: (file, strength); a file of any layout, a PEFT folder or a run folder.
-        strengths: factors on all adapters, one row of pictures each.
-        image, mask, control: pictures that steer; see `Guides`.
-        strength: share of the noise schedule run on `image`.
-        controlnet: folder or hub id of a ControlNet.
-        upscale: makes a second pass on the picture enlarged by this factor.
-        upscale_strength: share of the noise schedule run in that pass.
-        low_memory: decode in slices and tiles; slower, the same picture up to rounding.
-    """
-
-    prompts: tuple[str, ...]
-    negative_prompt: str = ""
-    seed: int = 0
-    count: int = 1
-    steps: int = 25
-    guidance_scale: float = 7.5
-    width: int | None = None
-    height: int | None = None
-    scheduler: str | None = None
-    adapters: tuple[tuple[Path, float], ...] = ()
-    strengths: tuple[float, ...] = (1.0,)
-    image: Path | None = None
-    mask: Path | None = None
-    control: Path | None = None
-    strength: float = 0.6
-    controlnet: str | None = None
-    control_scale: float = 1.0
-    upscale: float | None = None
-    upscale_strength: float = 0.5
-    batch_size: int = 1
-    low_memory: bool = False
-
-    def problems(self) -> list[str]:
-        """What cannot be done, whatever the base is."""
-        found = []
-        if not self.prompts:
-            found.append("there is no prompt; write one, or name a file with --prompts.")
-        if self.count < 1 or self.steps < 1 or self.batch_size < 1:
-            found.append(f"count={self.count}, steps={self.steps} and batch={self.batch_size} must be at least 1.")
-        if self.upscale is not None and not 1 < self.upscale <= 4:
-            found.append(f"upscale={self.upscale} must be above 1 and at most 4.")
-        if not self.adapters and self.strengths != (1.0,):
-            found.append("strengths are factors on adapters, and none is given; add --adapter FILE or --run FOLDER.")
-        given = {name: getattr(self, name) is not None for name in (*ROLES, "controlnet")}
-        return found + steering_problems(given, self.strength)
 
 
 @dataclass
@@ -138,13 +81,14 @@ def sample(model: ModelConfig, wanted: Wanted, output: Path, reporter: Reporter 
 
 def sample_again(
     shot: Shot, model: ModelConfig, adapters: Sequence[Path], pictures: dict[str, Path], output: Path,
-    reporter: Reporter | None = None, controlnet: str | None = None,
+    reporter: Reporter | None = None, controlnet: str | None = None, merged: tuple[str, ...] = (),
 ) -> Path:  # fmt: skip
     """Make a picture again from its papers.
 
     Args:
         model: the base; its weights must have the digest that the papers name.
         adapters: the files, in the papers' order; compared by their bytes.
+        merged: adapters merged into the base first; see `Wanted`.
         pictures: role -> the picture that was given then; compared by its bytes.
 
     Raises:
@@ -169,14 +113,17 @@ def sample_again(
     strengths = [used.strength for used in shot.adapters]
     wanted = Wanted(
         (shot.prompt,), shot.negative_prompt, shot.seed, 1, shot.steps, shot.guidance_scale, shot.width, shot.height,
-        shot.scheduler, tuple(zip(adapters, strengths, strict=True)), strength=shot.strength or 0.6,
-        controlnet=controlnet, control_scale=shot.control_scale or 1.0, upscale=shot.upscale,
+        shot.scheduler, merge_first=merged, adapters=tuple(zip(adapters, strengths, strict=True)),
+        strength=shot.strength or 0.6, controlnet=controlnet, upscale=shot.upscale,
+        control_scale=1.0 if shot.control_scale is None else shot.control_scale,
         upscale_strength=shot.upscale_strength or 0.5, image=pictures.get("image"), mask=pictures.get("mask"),
         control=pictures.get("control"),
     )  # fmt: skip
-    chosen = {"dtype": shot.dtype, "clip_skip": shot.clip_skip, "prompt_chunks": shot.prompt_chunks}
-    model = model.model_copy(update=chosen)
+    chosen = ("dtype", "clip_skip", "prompt_chunks", "prediction", "zero_terminal_snr", "t5_tokens")
+    model = model.model_copy(update={name: getattr(shot, name) for name in chosen})
     studio = _open(model, wanted, reporter)
+    if studio.digests.get("controlnet") != shot.pictures.get("controlnet"):
+        raise ConfigError("The ControlNet is not the one it was made with; name the right one with --controlnet.")
     if studio.components.digest != shot.base_digest:
         raise ConfigError(
             f"The base {model.base} is not the one it was made with ({shot.base}): its weights have another digest. "
@@ -184,31 +131,37 @@ def sample_again(
         )
     job = replace(_jobs(studio, model, wanted, output)[0], shot=shot)
     job = replace(job, path=output / f"{_slug(shot)}.png")
+    if job.path.exists():
+        raise ConfigError(f"{job.path} is there already and is not overwritten; name another folder with --output.")
     output.mkdir(parents=True, exist_ok=True)
     _make(studio, wanted, [job], reporter)
     return job.path
 
 
-def model_of(base: str, run: Path | None) -> tuple[ModelConfig, list[Path]]:
-    """The base to draw with, and the run's own adapter."""
+def model_of(base: str, run: Path | None) -> tuple[ModelConfig, list[Path], tuple[str, ...]]:
+    """The base to draw with, the run's own adapter, and what was merged into the base before it was trained."""
     if run is None:
-        return ModelConfig(base=base or "demo"), []
-    model = load_run(run).model
-    return model.model_copy(update={"base": base}) if base else model, [run]
+        return ModelConfig(base=base or "demo"), [], ()
+    trained = load_run(run)
+    model = trained.model.model_copy(update={"base": base}) if base else trained.model
+    return model, [run], tuple(trained.adapter.merge_first) if trained.adapter else ()
 
 
 def _open(model: ModelConfig, wanted: Wanted, reporter: Reporter) -> _Studio:
     pictures, problems = _pictures(wanted)
     adapters = []
+    folder = Path(model.base).expanduser()
     for path, strength in wanted.adapters:
         file = _adapter_path(path)
         used = UsedAdapter(name=file.name, sha256=_digest_of(file), strength=strength)
-        adapters.append((_read(file), used))
+        adapters.append((_read(file, folder if folder.is_dir() else None), used))
     if problems:
         raise ConfigError("No picture can be made:", problems)
     dtype = auto_dtype() if model.dtype == "auto" else model.dtype
     with reporter.progress("Loading the base model", 1) as advance:
-        family, components = load_model(model, DTYPES[dtype])
+        # keep: packed weights are for training; adapters are applied to whole ones.
+        family, components = load_model(model, DTYPES[dtype], whole=True)
+        merge_first(wanted.merge_first, family, components)
         advance(1, "")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     guides = Guides(
@@ -219,6 +172,9 @@ def _open(model: ModelConfig, wanted: Wanted, reporter: Reporter) -> _Studio:
     if guides.controlnet is not None:
         digests["controlnet"] = _weights_digest(guides.controlnet)
     _warn_of_triggers(adapters, wanted, reporter)
+    for read, used in adapters:
+        if read.header.base_digest and read.header.base_digest != components.digest:
+            reporter.note(f"{used.name} was made on another base ({read.header.base}); results may differ from its own")
     return _Studio(family, components, dtype, device, adapters, guides, digests)
 
 
@@ -246,8 +202,9 @@ def _adapter_path(path: Path) -> Path:
     return path
 
 
-def _read(path: Path) -> AdapterFile:
-    return AdapterFile.read(path) if path.name == ADAPTER_FILE else to_file(read_adapter(path))
+def _read(path: Path, base: Path | None) -> AdapterFile:
+    own = path.is_file() and path.suffix == ".safetensors" and HEADER_KEY in safetensors_metadata(path)
+    return AdapterFile.read(path) if own else to_file(read_adapter(path, base))
 
 
 def _digest_of(path: Path) -> str:
@@ -291,9 +248,10 @@ def _jobs(studio: _Studio, model: ModelConfig, wanted: Wanted, output: Path) -> 
             for number in range(wanted.count):
                 shot = Shot(
                     prompt=prompt, negative_prompt=wanted.negative_prompt, seed=wanted.seed + number,
-                    steps=wanted.steps, guidance_scale=wanted.guidance_scale, width=wanted.width or own,
+                    steps=wanted.steps, guidance_scale=_guidance(family, wanted), width=wanted.width or own,
                     height=wanted.height or own, scheduler=wanted.scheduler, base=components.source,
                     base_digest=components.digest, dtype=studio.dtype, clip_skip=model.clip_skip,
+                    prediction=model.prediction, zero_terminal_snr=model.zero_terminal_snr, t5_tokens=model.t5_tokens,
                     prompt_chunks=model.prompt_chunks, adapters=used, pictures=studio.digests,
                     strength=wanted.strength if steered else None,
                     control_scale=wanted.control_scale if wanted.controlnet else None, upscale=wanted.upscale,
@@ -302,6 +260,10 @@ def _jobs(studio: _Studio, model: ModelConfig, wanted: Wanted, output: Path) -> 
                 path = output / f"{_slug(shot)}.png"
                 jobs.append(_Job(shot, path, level * wanted.count + number, column))
     return jobs
+
+
+def _guidance(family: ModelFamily, wanted: Wanted) -> float:
+    return family.usual_guidance if wanted.guidance_scale is None else wanted.guidance_scale
 
 
 def _slug(shot: Shot) -> str:
@@ -383,7 +345,7 @@ def _sheet(jobs: list[_Job], wanted: Wanted, path: Path) -> None:
         try:
             with Image.open(job.path) as image:
                 cells.setdefault(job.row, [None] * len(columns))[job.column] = image.convert("RGB")
-        except OSError as error:
+        except (OSError, Image.DecompressionBombError) as error:
             raise DataError(f"{job.path} cannot be read for the sheet: {error}.") from None
     rows = []
     for row, images in sorted(cells.items()):
@@ -391,3 +353,6 @@ def _sheet(jobs: list[_Job], wanted: Wanted, path: Path) -> None:
         note = f"adapters x {wanted.strengths[level]:g}" if len(wanted.strengths) > 1 else ""
         rows.append(Row(label=f"seed {wanted.seed + number}", images=images, note=note))
     contact_sheet(rows, columns=columns).save(path)
+
+
+__all__ = ["Wanted", "model_of", "sample", "sample_again"]

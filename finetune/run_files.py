@@ -7,13 +7,15 @@ import runpy
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from finetune.config import Run, flatten
 from finetune.errors import ConfigError, nearest
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
@@ -185,6 +187,18 @@ def _put(document: dict[str, Any], key: str, value: Any) -> list[str]:
     return []
 
 
+def checked(section: type[Model], values: dict[str, Any]) -> Model:
+    """A section of a run from values given on a command line.
+
+    Raises:
+        ConfigError: naming every field that is wrong.
+    """
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("These settings cannot be used:", list(_explain(error))) from None
+
+
 def _explain(error: ValidationError) -> Iterator[str]:
     """Each problem pydantic found, with the place, the value and what would be right."""
     for item in error.errors():
@@ -197,8 +211,8 @@ def _explain(error: ValidationError) -> Iterator[str]:
         elif kind == "value_error" and not place:
             yield from str(item["ctx"]["error"]).splitlines()
         else:
-            message = item["msg"][0].lower() + item["msg"][1:]
-            yield f"{place}={item['input']!r}: {message}"
+            message = item["msg"].removeprefix("Value error, ")
+            yield f"{place}={item['input']!r}: {message[0].lower()}{message[1:]}"
 
 
 def fields_of(model: type[BaseModel]) -> dict[str, type[BaseModel] | None]:
@@ -215,8 +229,18 @@ def _walk(location: tuple[int | str, ...]) -> type[BaseModel] | None:
     """The section that holds the last part of `location`."""
     model: type[BaseModel] | None = Run
     for part in location[:-1]:
-        model = fields_of(model).get(str(part)) if model else None
+        field = model.model_fields.get(str(part)) if model else None
+        if field is not None:  # if not, it is a place in a list or a key of a mapping
+            model = next(_sections_in(field.annotation), None)
     return model
+
+
+def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Every section that a field's type mentions, inside lists and mappings too."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _sections_in(inner)
 
 
 def _suggestion(location: tuple[int | str, ...]) -> str:

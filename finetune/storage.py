@@ -81,6 +81,15 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from error
 
 
+def safetensors_metadata(path: Path) -> dict[str, str]:
+    """The text entries of a file, without its tensors; empty if it is no safetensors file."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError):
+        return {}
+
+
 def safetensors_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """All before the first tensor: a length and a JSON header with sorted metadata, padded to 8 bytes."""
     entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}

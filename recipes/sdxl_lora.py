@@ -1,7 +1,7 @@
 """SDXL, LoRA on the UNet: a subject or a style from 10 to 50 captioned pictures at 1024 pixels.
 
-For a 12 to 16 GB card; with `--set model.storage=fp8` the frozen UNet takes one byte per weight instead of two. Captions
-are encoded once, then both text encoders and the autoencoder leave the card. A single file is a base as well:
+For a 12 to 16 GB card; with `--set model.storage=fp8` the frozen UNet takes one byte per weight in place of two.
+Captions are encoded once, then text encoders and autoencoder leave the card. A single file is a base as well:
 `--set model.base=sd_xl_base_1.0.safetensors --set model.variant=null`.
 """
 

@@ -16,6 +16,12 @@ from tests.tiny import tiny_pipeline
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_memory_of_scans(tmp_path_factory):
+    """Scans remember pictures in the user's cache folder; the tests have their own."""
+    os.environ["FINETUNE_CACHE"] = str(tmp_path_factory.mktemp("memory"))
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory) -> Path:
     """A pipeline folder with random weights: mechanics only, it draws nothing."""

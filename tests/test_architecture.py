@@ -21,15 +21,15 @@ LAYERS = {
     "finetune.run_files": 0, "finetune.show": 0,
     "data_tools": 1, "the drawn world": 1, "finetune": 1, "finetune.console": 1,
     "finetune.families": 2, "finetune.objectives": 2, "finetune.adapters": 2,
-    "finetune.sampling": 3,
+    "finetune.interchange": 2.5, "finetune.sampling": 3,
     "finetune.data": 4,
     "finetune.training": 5, "finetune.export": 5,
-    "finetune.demo": 6, "finetune.artifact": 6, "finetune.cli": 7, "finetune.__main__": 8,
+    "finetune.demo": 6, "finetune.artifact": 6, "finetune.pictures": 6, "finetune.cli": 7, "finetune.__main__": 8,
 }  # fmt: skip
 """Longest matching prefix decides; imports go downwards or stay in the own package."""
 DRAWN_WORLD = {
     "finetune.demo", "finetune.demo.world", "finetune.demo.scenes", "finetune.demo.shapes", "finetune.demo.subjects",
-    "finetune.demo.pictures_folder", "finetune.demo.checker",
+    "finetune.demo.pictures_folder", "finetune.demo.prompts", "finetune.demo.checker",
 }  # fmt: skip
 """The part of the demo that knows nothing of training: pictures drawn by code, the checker, and where the base lies."""
 

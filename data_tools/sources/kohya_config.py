@@ -216,8 +216,9 @@ def _pictures(subset: Subset) -> Iterator[File | Problem]:
             yield refusal.problem(f"{subset.target}/{stem(name)}{_extension(subset)}")
             continue
         if caption:
-            words = (subset.settings.get("caption_prefix"), caption, subset.settings.get("caption_suffix"))
-            columns["text"] = " ".join(word for word in words if word)
+            prefix, suffix = (subset.settings.get(f"caption_{end}") for end in ("prefix", "suffix"))
+            lines = [" ".join(word for word in (prefix, line, suffix) if word) for line in caption.splitlines()]
+            columns["text"] = "\n".join(lines)
         mask = conditions.get(stem(name)) or listing.masks.get(name)
         if mask is not None:
             path = listing.root / mask

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -212,12 +213,12 @@ def _plan(wish: Wish, block: Block | None) -> LayerPlan:
 
 def _refused(wish: Wish, network: str, module: nn.Module, plans: dict[str, LayerPlan]) -> list[str]:
     """Layers that the method cannot change, each with the reason; the first few are named."""
-    reasons = [(name, why) for name in plans if (why := _refusal(wish, module.get_submodule(name)))]
+    reasons = [(name, why) for name in plans if (why := _refusal(wish, module.get_submodule(name), plans[name].rank))]
     lines = [f"{wish.section}.method={wish.method}: {network}.{name} {why}" for name, why in reasons[:SHOWN]]
     return lines + ([f"and so do {len(reasons) - SHOWN} more layers of {network}"] if len(reasons) > SHOWN else [])
 
 
-def _refusal(wish: Wish, layer: nn.Module) -> str | None:
+def _refusal(wish: Wish, layer: nn.Module, rank: int) -> str | None:
     method, held = METHODS[wish.method], storage_of(layer)
     if held not in method.storage:
         return (
@@ -226,6 +227,12 @@ def _refusal(wish: Wish, layer: nn.Module) -> str | None:
         )
     if held == "packed" and wish.shape.init in SUBTRACTED:
         return f"holds its weight as packed numbers, which init={wish.shape.init} cannot start from; use init=default"
+    weight: Any = layer.weight
+    if wish.shape.init in SUBTRACTED and rank > (most := min(weight.flatten(1).shape)):
+        return (
+            f"has {most} directions, fewer than rank {rank}, so init={wish.shape.init} cannot start it; use a rank of "
+            f"{most} or less there (blocks), or init=default"
+        )
     return method.refuses(layer, wish.shape)
 
 

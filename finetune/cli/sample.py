@@ -11,6 +11,7 @@ import finetune
 from finetune.cli.app import app
 from finetune.console import ConsoleReporter
 from finetune.errors import ConfigError
+from finetune.run_files import checked
 
 START, ADAPTERS, LOOK, STEER = "What to draw with", "Adapters", "The picture", "Pictures that steer"
 
@@ -40,7 +41,9 @@ NegativeOption = Annotated[str, typer.Option(help="What to steer away from.", ri
 SeedOption = Annotated[int, typer.Option(min=0, help="Of the first picture of each prompt.", rich_help_panel=LOOK)]
 CountOption = Annotated[int, typer.Option("--count", "-n", help="Pictures per prompt.", rich_help_panel=LOOK)]
 StepsOption = Annotated[int, typer.Option(help="Denoising steps.", rich_help_panel=LOOK)]
-GuidanceOption = Annotated[float, typer.Option(min=0, help="How closely to follow.", rich_help_panel=LOOK)]
+GuidanceOption = Annotated[
+    float | None, typer.Option(min=0, help="How closely to follow; default: 7.5, Flux 3.5.", rich_help_panel=LOOK)
+]
 WidthOption = Annotated[int | None, typer.Option(help="Pixels; default: the base's.", rich_help_panel=LOOK)]
 HeightOption = Annotated[int | None, typer.Option(help="Pixels; default: the base's.", rich_help_panel=LOOK)]
 SchedulerOption = Annotated[
@@ -78,7 +81,7 @@ def sample(  # noqa: PLR0913, PLR0917 - what the user chooses, one option each
     seed: SeedOption = 0,
     count: CountOption = 1,
     steps: StepsOption = 25,
-    guidance: GuidanceOption = 7.5,
+    guidance: GuidanceOption = None,
     width: WidthOption = None,
     height: HeightOption = None,
     scheduler: SchedulerOption = None,
@@ -107,9 +110,9 @@ def sample(  # noqa: PLR0913, PLR0917 - what the user chooses, one option each
       finetune sample --from samples/a-red-house-s0-1a2b3c4d.png
     """
     reporter = ConsoleReporter()
-    model, own = finetune.model_of(base, run)
+    model, own, merged = finetune.model_of(base, run)
     chosen = {"dtype": dtype or None, "clip_skip": clip_skip, "prompt_chunks": chunks if chunks > 1 else None}
-    model = type(model).model_validate(model.model_dump() | {k: v for k, v in chosen.items() if v is not None})
+    model = checked(type(model), model.model_dump() | {k: v for k, v in chosen.items() if v is not None})
     adapters = [(path, 1.0) for path in own] + [_weighted(text) for text in adapter or ()]
     if again is not None:
         shot = finetune.shot_of(again)
@@ -118,7 +121,7 @@ def sample(  # noqa: PLR0913, PLR0917 - what the user chooses, one option each
         given = {"image": image, "mask": mask, "control": control}
         copy = finetune.sample_again(
             shot, model, [path for path, _ in adapters], {k: v for k, v in given.items() if v is not None}, output,
-            reporter, controlnet,
+            reporter, controlnet, merged,
         )  # fmt: skip
         reporter.table("Done", [("Picture", str(copy))])
         return
@@ -128,6 +131,7 @@ def sample(  # noqa: PLR0913, PLR0917 - what the user chooses, one option each
         adapters=tuple(adapters), strengths=_numbers(strengths), image=image, mask=mask, control=control,
         strength=strength, controlnet=controlnet, control_scale=control_scale, upscale=upscale, batch_size=batch,
         low_memory=low_memory,
+        merge_first=merged,
     )  # fmt: skip
     made = finetune.sample(model, wanted, output, reporter)
     sheet = [("Sheet", str(output / "sheet.png"))] if len(made) > 1 else []

@@ -184,10 +184,43 @@ def words_stand_in_captions(run: Run) -> list[str]:
     ]
 
 
+def merged_into_packed_weights(run: Run) -> list[str]:
+    """Adapters are merged into weights that can hold the sum."""
+    if run.adapter is None or not run.adapter.merge_first or run.model.storage == "full":
+        return []
+    return [
+        f"adapter.merge_first and model.storage={run.model.storage} are both set, but packed weights would round the "
+        "merged adapters away; set model.storage=full, or merge them into a base of its own with "
+        "`finetune merge ... --into BASE -o FOLDER`"
+    ]
+
+
+def something_trains_to_the_end(run: Run) -> list[str]:
+    """Every step moves something."""
+    shares = [part.train_share for part in (run.text_encoder_adapter, run.tokens) if part is not None]
+    if run.adapter is not None or not shares or max(shares) >= 1:
+        return []
+    return [
+        f"adapter=null and everything else stops early (train_share at most {max(shares):g}), so the last steps would "
+        "train nothing; set one train_share to 1, or lower train.steps"
+    ]
+
+
+def validation_that_looks(run: Run) -> list[str]:
+    """Pictures are set aside only for a validation that happens."""
+    if run.validation.every or not (run.validation.holdout or run.validation.folder):
+        return []
+    return [
+        "validation.holdout or validation.folder sets pictures aside that nothing looks at, because "
+        "validation.every=0; set validation.every, or take them back (holdout=0, folder=null)"
+    ]
+
+
 CHECKS: tuple[Callable[[Run], list[str]], ...] = (
     warm_up, template, trigger, export_name, betas, one_prior, step_size, best_needs_validation,
     one_validation, kept_tags,
-    something_is_trained, words_stand_in_captions,
+    something_is_trained, words_stand_in_captions, merged_into_packed_weights, something_trains_to_the_end,
+    validation_that_looks,
 )  # fmt: skip
 
 

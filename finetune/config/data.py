@@ -25,8 +25,8 @@ class PriorConfig(Section):
     """Weight of a class picture's loss; a subject picture weighs 1."""
     inference_steps: int = Field(default=30, ge=1)
     """Denoising steps for each generated class picture."""
-    guidance_scale: float = Field(default=7.5, ge=0)
-    """Classifier-free guidance for generated class pictures; 1 turns it off."""
+    guidance_scale: float | None = Field(default=None, ge=0)
+    """Guidance for generated class pictures; 1 turns it off. None: the family's usual, 7.5, for Flux 3.5."""
     batch_size: int = Field(default=4, ge=1)
     """Class pictures generated at once."""
 

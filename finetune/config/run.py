@@ -103,6 +103,8 @@ def differences(old: Run, new: Run) -> list[str]:
     before, after = flatten(old), flatten(new)
     changed = [k for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k) and not is_free(k)]
     shares = [section.train_share for section in (old.text_encoder_adapter, old.tokens) if section is not None]
-    if old.optimizer.schedule == "constant" and "train.steps" in changed and all(share == 1 for share in shares):
+    # keep: a warm-up that is a share of the steps moves with their number.
+    follows_steps = bool(old.optimizer.warmup_share) or any(share < 1 for share in shares)
+    if old.optimizer.schedule == "constant" and "train.steps" in changed and not follows_steps:
         changed.remove("train.steps")
     return [f"{key} was {before.get(key)!r} and is now {after.get(key)!r}" for key in changed]

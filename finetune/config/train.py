@@ -72,8 +72,8 @@ class SamplesConfig(Section):
     """Optimizer steps between two sheets in between; 0: only before and after."""
     inference_steps: int = Field(default=25, ge=1)
     """Denoising steps per picture."""
-    guidance_scale: float = Field(default=7.5, ge=0)
-    """Classifier-free guidance; 1 turns it off."""
+    guidance_scale: float | None = Field(default=None, ge=0)
+    """How closely prompts are followed; 1 turns guidance off. None: the family's usual, 7.5, for Flux 3.5."""
     negative_prompt: str = ""
     """What to steer away from."""
 

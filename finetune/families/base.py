@@ -157,6 +157,10 @@ class ModelFamily(ABC):
     """pipeline name -> how that network stands in an original single file."""
     pipeline_prompts: ClassVar[dict[str, str]]
     """Name in `Conditioning` -> argument of the pipeline's call; "negative_" goes in front of it for guidance."""
+    usual_guidance: ClassVar[float] = 7.5
+    """Guidance strength that published pictures of this family are usually made with."""
+    distilled_guidance: ClassVar[bool] = False
+    """Whether the denoiser is told the guidance strength, so that no negative prompt is read."""
     packing: ClassVar[int] = 1
     """Side of the square of latents that the pipeline's own latents hold in one token; 1 when they are a picture."""
     pipeline_starts_from_picture: ClassVar[bool] = False

@@ -44,6 +44,8 @@ class Flux(ModelFamily):
     pooled_encoders = frozenset({"text_encoder"})
     t5_tokens = {"text_encoder_2": 512}  # noqa: RUF012
     reading_options = frozenset({"t5_tokens", "guidance"})
+    usual_guidance = 3.5
+    distilled_guidance = True
     skeletons = ("flux-dev", "flux-schnell")
     original = {  # noqa: RUF012
         "transformer": FLUX,

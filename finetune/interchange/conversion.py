@@ -94,6 +94,8 @@ def convert_adapter(
         StorageError: if the disk refuses.
     """
     check_choice(to, WRITERS, "layout (--to)")
+    if target.exists() and source.exists() and target.samefile(source):
+        raise ConfigError(f"{target} is the source.", ["name another file for the result."])
     adapter = read_adapter(source, base)
     return write(adapter, target, to=to, dtype=dtype, base=base, allow_lossy=allow_lossy, rank=rank, reporter=reporter)
 
@@ -196,12 +198,36 @@ class _Job:
     names: Architecture
 
 
+OWN_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
+"""Files of a PEFT folder; learned words add .safetensors files in folders of their own."""
+
+
+def _refuse_other_folder(folder: Path) -> None:
+    """A folder is replaced whole, so it must hold nothing but what a conversion writes."""
+    if not folder.is_dir():
+        return
+    own = [path for path in folder.rglob("*") if path.is_file()]
+    words = folder.name.endswith("embeddings")
+    foreign = [
+        path for path in own
+        if path.name not in OWN_FILES
+        and not (path.suffix == ".safetensors" and (words or path.parent.name == "embeddings"))
+    ]  # fmt: skip
+    if foreign:
+        raise ConfigError(
+            f"{folder} is a folder with other things in it, and would be replaced whole.",
+            [f"it holds {foreign[0].relative_to(folder)}; name a new folder."],
+        )
+
+
 def _publish(job: _Job) -> tuple[float, str, int]:
     """Write beside, read back, compare, rename; (largest relative difference, where, number of layers)."""
     target = job.target
     suffix = "" if job.to == "peft" else ".safetensors"
     if suffix and target.suffix != suffix:
         raise ConfigError(f"{target} cannot hold this layout.", [f"name a file that ends in {suffix}."])
+    for folder in (target, target.parent / words_folder(target)):
+        _refuse_other_folder(folder)
     staging = target.parent / f".convert-{os.getpid()}"
     beside = staging / target.name
     try:

@@ -259,11 +259,14 @@ def _changed(job: _Job, tensors: Tensors, name: str, rows: tuple[Rows, ...], tur
     is_bias = name.endswith("bias")
     touched = False
     for place, first, last, position in rows:
-        layer = job.weights.weight(place) if not is_bias else plain[position : position + last - first]
-        change = job.bias_change(place, layer) if is_bias else job.change(place, layer)
+        if is_bias:
+            bias = job.weights.bias(place)
+            change = None if bias is None else job.bias_change(place, bias)
+        else:
+            change = job.change(place, job.weights.weight(place))
         if change is not None:
             touched = True
-            exact[position : position + last - first] += change[first:last] if not is_bias else change
+            exact[position : position + last - first] += change[first:last]
     if not touched:
         return None
     rounded = exact.to(DTYPES[tensors.header.tensors[name].dtype])

@@ -34,7 +34,7 @@ def generate(  # noqa: PLR0913 - what the user chooses, one keyword each
     *,
     seeds: Sequence[int],
     steps: int = 20,
-    guidance_scale: float = 7.5,
+    guidance_scale: float | None = None,
     negative_prompt: str = "",
     height: int | None = None,
     width: int | None = None,
@@ -56,7 +56,7 @@ def generate(  # noqa: PLR0913 - what the user chooses, one keyword each
         prompts: what to draw.
         seeds: one per prompt.
         steps: denoising steps, at least 1.
-        guidance_scale: strength of classifier-free guidance; 1 turns it off and halves the work.
+        guidance_scale: strength of guidance; 1 turns it off and halves the work. None: the family's usual one.
         negative_prompt: what the guidance steers away from; unused without guidance.
         height, width: pixels; None means the size the denoiser was configured for.
         scheduler: a name in SCHEDULERS; None means the checkpoint's own.
@@ -73,7 +73,9 @@ def generate(  # noqa: PLR0913 - what the user chooses, one keyword each
         NumericError: if a picture is not finite.
     """
     guides = guides or Guides()
+    guidance = family.usual_guidance if guidance_scale is None else guidance_scale
     problems = [
+        *_unread_problems(family, negative_prompt),
         *guides.problems(),
         *_count_problems(prompts, seeds, steps, batch_size),
         *_size_problems(family, components, {"height": height, "width": width}),
@@ -83,7 +85,7 @@ def generate(  # noqa: PLR0913 - what the user chooses, one keyword each
     batches = [range(len(prompts))[first : first + batch_size] for first in range(0, len(prompts), batch_size)]
     pictures: list[Image.Image] = []
     size = _size(family, components, height, width)
-    negative = negative_prompt if guidance_scale > 1 else None
+    negative = negative_prompt if guidance > 1 and not family.distilled_guidance else None
     with ExitStack() as stack:
         stack.enter_context(evaluating(components))
         for file, strength in adapters:
@@ -96,7 +98,7 @@ def generate(  # noqa: PLR0913 - what the user chooses, one keyword each
                 **_words(family, components, [prompts[index] for index in batch], negative, emphasis=emphasis),
                 **_canvas(family, components, pipeline, guides, size, len(batch)),
                 num_inference_steps=steps,
-                guidance_scale=guidance_scale,
+                guidance_scale=guidance,
                 generator=[torch.Generator().manual_seed(seeds[index]) for index in batch],
                 output_type="latent",
                 callback_on_step_end=_reporter(progress, number, guides.steps(steps), len(batches)),
@@ -222,6 +224,12 @@ def _canvas(
     return {"image": empty, "strength": 1.0}
 
 
+def _unread_problems(family: ModelFamily, negative_prompt: str) -> list[str]:
+    if not negative_prompt or not family.distilled_guidance:
+        return []
+    return [f"{family.name} reads no negative prompt ({negative_prompt!r}): its guidance is distilled; leave it out."]
+
+
 def _count_problems(prompts: Sequence[str], seeds: Sequence[int], steps: int, batch_size: int) -> list[str]:
     problems = []
     if len(seeds) != len(prompts):
@@ -234,9 +242,9 @@ def _count_problems(prompts: Sequence[str], seeds: Sequence[int], steps: int, ba
 def _size_problems(family: ModelFamily, components: Components, sizes: dict[str, int | None]) -> list[str]:
     if components.vae is None:
         return ["the autoencoder is not loaded, so nothing can be drawn; load the base with it."]
-    stride = family.vae_stride(components.vae)
+    stride = family.vae_stride(components.vae) * family.packing
     return [
-        f"{name}={pixels} is not a multiple of {stride} pixels, the side of one latent."
+        f"{name}={pixels} is not a multiple of {stride} pixels, the side of one latent or patch of them."
         for name, pixels in sizes.items()
         if pixels is not None and (pixels < stride or pixels % stride)
     ]

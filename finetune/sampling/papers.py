@@ -54,6 +54,12 @@ class Shot(Section):
     """SHA-256 over the base's weights."""
     dtype: str
     """Number format of the networks."""
+    prediction: str | None = None
+    """What the base predicts, where the user said so."""
+    zero_terminal_snr: bool | None = None
+    """Whether the last timestep is pure noise, where the user said so."""
+    t5_tokens: int | None = None
+    """How many tokens T5 reads; None is the family's own."""
     clip_skip: int | None = None
     """CLIP layer counted from the end; None is the family's own."""
     prompt_chunks: int = 1
@@ -123,7 +129,7 @@ def shot_of(path: Path) -> Shot:
         with Image.open(path) as image:
             image.load()
             text = getattr(image, "text", {}).get(KEY)
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ConfigError(f"{path} cannot be read as a PNG: {error}.") from None
     if text is None:
         raise ConfigError(

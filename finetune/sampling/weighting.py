@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from finetune.errors import ConfigError
+from finetune.families.text import spelled_out
 
 STEP = 1.1
 _PIECES = re.compile(r"\\[()\[\]\\]|\(|\[|:\s*[+-]?(?:\d+\.?\d*|\.\d+)\s*\)|\)|\]|[^\\()\[\]:]+|[\\:]")
@@ -85,10 +86,12 @@ def weights(prompt: str, tokenizer: Any, length: int) -> Tensor | None:
     ids: list[int] = []
     factors: list[float] = []
     for text, weight in parts:
-        own = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        (spelled,) = spelled_out(tokenizer, [text])
+        own = tokenizer(spelled, add_special_tokens=False, verbose=False).input_ids
         ids += own
         factors += [weight] * len(own)
-    if ids != list(tokenizer(plain(prompt), add_special_tokens=False, verbose=False).input_ids):
+    (whole,) = spelled_out(tokenizer, [plain(prompt)])
+    if ids != list(tokenizer(whole, add_special_tokens=False, verbose=False).input_ids):
         raise ConfigError(
             f"The emphasis in {prompt!r} begins or ends inside a word; put whole words into the brackets."
         )

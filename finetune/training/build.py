@@ -80,6 +80,7 @@ def _tracker_problems(trackers: Sequence[str]) -> list[str]:
 
 
 def auto_dtype() -> str:
+    """What "auto" means here: bf16 where the GPU computes in it, fp16 on older GPUs, fp32 on a CPU."""
     if not torch.cuda.is_available():
         return "fp32"
     # keep: without including_emulation=False a T4 claims bf16 and runs it in slow emulation.

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import nn
 
 from finetune.adapters import AdapterFile, AdapterSet
@@ -209,6 +210,9 @@ def validate(loop: Loop) -> dict[str, Any]:
     assert loop.validator is not None, "called only when validation is on"
     with loop.mean.swapped() if loop.mean else nullcontext():
         ratio = loop.validator.measure(loop.model, loop.adapters, loop.accelerator)
+    if loop.accelerator.num_processes > 1:
+        # keep: a last bit that differs between processes could end the run in one of them only.
+        ratio = broadcast_object_list([ratio], from_process=0)[0]
     loop.validation = ratio
     bands = {f"validation/{band}": value for band, value in zip(BANDS, ratio.bands, strict=False)}
     return {"validation/loss": ratio.loss, "validation/ratio": ratio.value, "validation/error": ratio.error, **bands}

@@ -72,7 +72,10 @@ def adamw(groups: Groups, config: OptimizerConfig, device: torch.device) -> Buil
     if capturable:
         groups = [{**group, "lr": torch.tensor(group["initial_lr"], device=device)} for group in groups]
     own = {"fused": device.type in FUSED_DEVICES or None, "capturable": capturable}
-    return _built(torch.optim.AdamW, groups, config, own)
+    built = _built(torch.optim.AdamW, groups, config, own)
+    # keep: torch advises to turn capturable off while nothing is captured; the user has no such switch.
+    built.optimizer._warned_capturable_if_run_uncaptured = True
+    return built
 
 
 def adamw8bit(groups: Groups, config: OptimizerConfig, device: torch.device) -> BuiltOptimizer:

@@ -103,8 +103,8 @@ def _questions(picture: Picture, collator: Collator, quantiles: int, seed: int) 
     caption, mask = collator.caption_of(picture), collator.mask_of(picture)
     conditioning, tokens = collator.describe([caption] * quantiles)
     return Batch(
-        latents=Latents(latents.mean.expand(shape).contiguous(), latents.std.expand(shape).contiguous()),
-        latent_noise=torch.zeros(shape),
+        latents=Latents(latents.mean.expand(shape), latents.std.expand(shape)),
+        latent_noise=torch.zeros(1).expand(shape),
         noise=torch.randn(shape, generator=rng(seed, "validation noise", picture.key)),
         quantiles=(torch.arange(quantiles) + 0.5) / quantiles,
         loss_weight=torch.ones(quantiles),
