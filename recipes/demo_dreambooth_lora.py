@@ -1,4 +1,4 @@
-"""The embedded base model, DreamBooth LoRA: what `finetune demo` runs. No GPU, no download, about two minutes.
+"""The embedded base model, DreamBooth LoRA: what `finetune demo` runs. No GPU, no download, two minutes of training.
 
 For whom: everybody who wants to see the whole job before trusting it with pictures of their own. A tiny Stable
 Diffusion that ships with the toolkit learns a robot it has never seen under the word sks, while ordinary robots stay

@@ -9,7 +9,7 @@ import typer
 app = typer.Typer(
     name="finetune",
     help="Turn a folder of pictures into a LoRA adapter for Stable Diffusion, and prove that it works.\n\n"
-    "First time here: `finetune demo` shows the whole job in three minutes, without a GPU or a download. "
+    "First time here: `finetune demo` shows the whole job in five minutes, without a GPU or a download. "
     "Then: `finetune init sd15-lora > my.yaml`, edit two lines, `finetune train my.yaml`.",
     no_args_is_help=True,
     add_completion=False,

@@ -66,7 +66,7 @@ def demo(
         Twin | None, typer.Option(help="Run the whole job on a tiny random model of this family instead.")
     ] = None,
 ) -> None:
-    """Teach the embedded base model a subject it has never seen: the whole job, on a CPU, in three minutes."""
+    """Teach the embedded base model a subject it has never seen: the whole job, on a CPU, in about five minutes."""
     if family is None:
         finetune.run_demo(output or Path("runs/demo"), ConsoleReporter())
     else:

@@ -17,17 +17,13 @@ from diffusers import (
 )
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from finetune.demo.denoiser import BETAS, TIMESTEPS
+from finetune.demo.denoiser import NOISE
 
 
 def new_scheduler() -> DPMSolverMultistepScheduler:
     """DPM-Solver++ on the training schedule; "trailing" steps start at the last, noisiest step."""
     return DPMSolverMultistepScheduler(
-        num_train_timesteps=TIMESTEPS,
-        beta_start=BETAS[0],
-        beta_end=BETAS[1],
-        beta_schedule="linear",
-        prediction_type="v_prediction",
+        **NOISE,
         timestep_spacing="trailing",
         steps_offset=1,  # unused by "trailing", but pipelines warn about 0
     )

@@ -38,7 +38,7 @@ def new_autoencoder(seed: int = 0, channels: tuple[int, ...] = (16, 32, 64)) -> 
 
 def to_pixels(pictures: np.ndarray) -> Tensor:
     """uint8 (B, H, W, 3) to float (B, 3, H, W) in -1..1, channels last in memory."""
-    pixels = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+    pixels = torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
     return pixels.contiguous(memory_format=torch.channels_last)
 
 
@@ -77,19 +77,51 @@ def train_autoencoder(vae: AutoencoderKL, pictures: np.ndarray, settings: Settin
     return train(vae, settings, loss_of)
 
 
-def train_decoder(vae: AutoencoderKL, pictures: np.ndarray, settings: Settings) -> Progress:
-    """Go on with the decoder alone, so that latents made by the encoder stay valid."""
+@torch.no_grad()
+def widened(vae: AutoencoderKL, seed: int = 4) -> AutoencoderKL:
+    """The same function with twice the channels, so that its decoder can learn more while its latents stay valid.
+
+    Every channel is doubled, and the two copies share the channel's outgoing weights unevenly, so that training tells
+    them apart. Copies lie side by side, hence in one group of a group norm, whose statistics they do not change.
+
+    Source: Chen et al. 2015, Net2Net, arXiv:1511.05641.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    wide = new_autoencoder(channels=tuple(2 * channels for channels in vae.config.block_out_channels))
+    narrow, state = vae.state_dict(), {}
+    for name, place in wide.state_dict().items():
+        tensor = narrow[name]
+        if place.shape[0] > tensor.shape[0]:
+            tensor = tensor.repeat_interleave(2, 0)
+        if place.dim() > 1 and place.shape[1] > tensor.shape[1]:
+            share = torch.rand(tensor.shape[:2], generator=generator).view(*tensor.shape[:2], *[1] * (place.dim() - 2))
+            tensor = torch.stack([tensor * share, tensor * (1 - share)], 2).flatten(1, 2)
+        if ".to_q." in name:
+            tensor = tensor / 2**0.5  # attention divides by the root of its width, and sums over twice as many products
+        state[name] = tensor
+    wide.load_state_dict(state)
+    return wide.to(memory_format=torch.channels_last)
+
+
+def train_decoder(vae: AutoencoderKL, pictures: np.ndarray, latents: Tensor, settings: Settings) -> Progress:
+    """Go on with the decoder alone, so that latents made by the encoder stay valid.
+
+    Args:
+        vae: trained in place; ends up with the averaged weights.
+        pictures: uint8 (N, 64, 64, 3).
+        latents: what the encoder makes of them; float16 (N, 8, 16, 16).
+        settings: of the stage.
+    """
     vae.encoder.requires_grad_(False)
     vae.quant_conv.requires_grad_(False)
 
     def loss_of(share: float, rng: np.random.Generator, generator: torch.Generator) -> Tensor:
-        pixels = to_pixels(pictures[np.sort(rng.integers(len(pictures), size=settings.batch))])
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            latents = vae.encode(pixels).latent_dist.mean.float()
+        chosen = np.sort(rng.integers(len(pictures), size=settings.batch))
+        pixels, given = to_pixels(pictures[chosen]), latents[chosen].float()
         # A little noise, because the denoiser's latents are never exact.
-        latents = latents + 0.05 * torch.randn(latents.shape, generator=generator)
+        given = given + 0.05 * torch.randn(given.shape, generator=generator)
         with torch.autocast("cpu", torch.bfloat16):
-            output = vae.decode(latents).sample
+            output = vae.decode(given.contiguous(memory_format=torch.channels_last)).sample
         return reconstruction_loss(output, pixels)
 
     progress = train(vae, settings, loss_of)

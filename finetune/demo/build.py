@@ -1,7 +1,7 @@
 """Build the embedded base model from nothing: `python -m finetune.demo.build --out DIR --minutes 150`.
 
-Stages: autoencoder, latents, denoiser, decoder, checker, assemble (which also measures and writes the card). Every
-stage keeps its state under `--work` and goes on where it stopped, so a build may be interrupted at any time. Two
+Stages: autoencoder, latents, denoiser, details, decoder, checker, assemble (which also measures and writes the card).
+Every stage keeps its state under `--work` and goes on where it stopped, so a build may be interrupted at any time. Two
 workers: `torchrun --nproc_per_node 2 -m finetune.demo.build ...` with OMP_NUM_THREADS=1. `--only` runs some stages;
 decoder and denoiser may run at the same time in two processes.
 """
@@ -32,24 +32,41 @@ from finetune.demo.autoencoder import (
     normalise_latents,
     train_autoencoder,
     train_decoder,
+    widened,
 )
 from finetune.demo.card import write_card
 from finetune.demo.checker import Checker, load_checker
 from finetune.demo.checker_training import train_checker, validate_checker
-from finetune.demo.denoiser import Conditioned, Drawn, drawn_pictures, new_unet, train_denoiser
-from finetune.demo.loop import Loop, Settings, rank_and_size
+from finetune.demo.denoiser import (
+    Conditioned,
+    Drawn,
+    Mix,
+    denoising_loss,
+    details,
+    drawn_pictures,
+    large_first,
+    new_unet,
+)
+from finetune.demo.loop import Loop, Settings, rank_and_size, train
 from finetune.demo.measure import measure, write_sheet
 from finetune.demo.text import new_text_encoder, new_tokenizer
 
 logger = logging.getLogger("finetune.demo.build")
 
 # Seeds of the drawn pictures; the checker and the card use others.
-PICTURES, SINGLE, MIXED = 11, 12, 13
+PICTURES, SINGLE, MIXED, VARIED, PAIRS = 11, 12, 13, 14, 15
+SETS = {
+    "single": (SINGLE, 1.0, Mix(plain=0.45)),
+    "mixed": (MIXED, 0.2, Mix(plain=0.5, mixed=1.0)),
+    "varied": (VARIED, 0.6, Mix(plain=0.0, small=0.5)),
+    "pairs": (PAIRS, 0.4, Mix(plain=0.0, mixed=1.0, pairs=1.0)),
+}
+"""The denoiser's sets of training pictures: name -> seed, count as a share of `Plan.pictures`, what they show."""
 # Latents per file.
 SHARD = 2000
 
 # Part of the minutes that each stage may use.
-SHARES = {"autoencoder": 0.15, "denoiser": 0.65, "decoder": 0.15, "checker": 0.05}
+SHARES = {"autoencoder": 0.11, "denoiser": 0.43, "details": 0.25, "decoder": 0.17, "checker": 0.04}
 
 
 @dataclass(frozen=True)
@@ -68,8 +85,6 @@ class Plan:
     """Prompts per measurement."""
     seeds: int = 3
     """Sampling seeds per measurement."""
-    mixed_share: float = 0.12
-    """Share of two-object, textured and outlined pictures in the denoiser's later batches."""
 
     def settings(self, stage: str, batch: int, learning_rate: float, **others: float) -> Settings:
         """Training settings of a stage."""
@@ -86,7 +101,7 @@ def build_autoencoder(plan: Plan) -> None:
     progress = train_autoencoder(vae, pictures, plan.settings("autoencoder", 16, 2e-3, ema_decay=0.995, hold=0.4))
     if rank_and_size()[0] != 0:
         return
-    normalise_latents(vae, drawn_pictures(SINGLE, range(min(2000, plan.pictures)), 0.5, 0.0))
+    normalise_latents(vae, drawn_pictures(SINGLE, range(min(2000, plan.pictures)), SETS["single"][2]))
     _write(target, vae)
     logger.info("autoencoder: %d samples", progress.samples)
 
@@ -95,41 +110,65 @@ def build_latents(plan: Plan) -> None:
     """Encode the denoiser's pictures once, in shards that the workers take in turn."""
     vae = trained_autoencoder(plan)
     rank, size = rank_and_size()
-    shards = [(*source[:2], start, *source[2:]) for source in _sources(plan) for start in range(0, source[2], SHARD)]
-    for name, seed, start, count, plain, mixed in shards[rank::size]:
+    shards = [(name, start) for name in SETS for start in range(0, _count(plan, name), SHARD)]
+    for name, start in shards[rank::size]:
         target = plan.work / "latents" / f"{name}-{start:06d}.safetensors"
         if not target.exists():
-            indices = range(start, min(count, start + SHARD))
-            _write(target, {"latents": encode(vae, drawn_pictures(seed, indices, plain, mixed))})
+            seed, _, mix = SETS[name]
+            indices = range(start, min(_count(plan, name), start + SHARD))
+            _write(target, {"latents": encode(vae, drawn_pictures(seed, indices, mix))})
 
 
-def _latents(plan: Plan, name: str) -> Tensor:
-    """All latents of one set, float16 (N, 8, 16, 16)."""
+def _count(plan: Plan, name: str) -> int:
+    return int(plan.pictures * SETS[name][1])
+
+
+def _drawn(plan: Plan, name: str) -> Drawn:
+    """One set with all its latents."""
+    seed, _, mix = SETS[name]
     files = sorted((plan.work / "latents").glob(f"{name}-*.safetensors"))
-    return torch.cat([load_file(file)["latents"] for file in files])
-
-
-def _sources(plan: Plan) -> list[tuple[str, int, int, float, float]]:
-    """Name, seed, count, plain share and mixed share of the two sets of training pictures."""
-    return [("single", SINGLE, plan.pictures, 0.45, 0.0), ("mixed", MIXED, plan.pictures // 5, 0.5, 1.0)]
+    return Drawn(seed, mix, torch.cat([load_file(file)["latents"] for file in files]))
 
 
 def build_denoiser(plan: Plan) -> None:
-    """Train UNet and text encoder on the latents."""
-    sets = [Drawn(seed, plain, mixed, _latents(plan, name)) for name, seed, _, plain, mixed in _sources(plan)]
+    """Train UNet and text encoder on the latents, large objects first."""
     model, tokenizer = new_model()
-    settings = plan.settings("denoiser", 24, 1e-3)
+    settings = denoiser_settings(plan)
+    choose = large_first(_drawn(plan, "single"), _drawn(plan, "mixed"))
     # keep: on CPU the fused attention's backward pass is slower than plain matrix products at this size.
     with sdpa_kernel(SDPBackend.MATH):
-        progress = train_denoiser(model, tokenizer, sets[0], sets[1], mixed_share=plan.mixed_share,
-                                  settings=settings)  # fmt: skip
+        progress = train(model, settings, denoising_loss(model, tokenizer, choose, settings.batch))
     logger.info("denoiser: %d samples", progress.samples)
 
 
+def build_details(plan: Plan) -> None:
+    """Train both further from their averages on what is hard."""
+    model, tokenizer = new_model()
+    Loop(model, denoiser_settings(plan)).use_average()
+    settings = details_settings(plan)
+    choose = details({name: _drawn(plan, name) for name in SETS})
+    with sdpa_kernel(SDPBackend.MATH):
+        progress = train(model, settings, denoising_loss(model, tokenizer, choose, settings.batch, even=True))
+    logger.info("details: %d samples", progress.samples)
+
+
+def denoiser_settings(plan: Plan) -> Settings:
+    """The first stage's."""
+    return plan.settings("denoiser", 24, 1e-3)
+
+
+def details_settings(plan: Plan) -> Settings:
+    """The second stage's: a new, lower learning rate that decays once more."""
+    return plan.settings("details", 32, 6e-4)
+
+
 def build_decoder(plan: Plan) -> None:
-    """Train the decoder further on frozen latents."""
-    vae = trained_autoencoder(plan)
-    progress = train_decoder(vae, _pictures(plan), plan.settings("decoder", 16, 1.5e-3, ema_decay=0.998))
+    """Widen the decoder and train it further on frozen latents."""
+    vae, pictures, cache = trained_autoencoder(plan), _pictures(plan), plan.work / "picture_latents.safetensors"
+    if not cache.exists():
+        _write(cache, {"latents": encode(vae, pictures)})
+    settings = plan.settings("decoder", 16, 4e-4, ema_decay=0.998, hold=0.2)
+    progress = train_decoder(widened(vae), pictures, load_file(cache)["latents"], settings)
     logger.info("decoder: %d samples", progress.samples)
 
 
@@ -149,7 +188,7 @@ def build_checker(plan: Plan) -> None:
 def build_base(plan: Plan) -> None:
     """Put the averaged weights together, measure, write card and sheet, and replace `out/base`."""
     model, tokenizer = new_model()
-    Loop(model, plan.settings("denoiser", 24, 1e-3)).use_average()
+    Loop(model, details_settings(plan)).use_average()
     vae = final_autoencoder(plan)
     pipeline = new_pipeline(vae, model.unet.eval(), model.text_encoder.eval(), tokenizer)
     with beside(plan.out / "base") as folder:
@@ -161,7 +200,7 @@ def build_base(plan: Plan) -> None:
         figures["checker report"] = json.loads(report.read_text()) if report.exists() else None
         figures["megabytes"] = round(folder_megabytes(folder), 1)
         (folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-        write_sheet(pipeline, folder / "samples.png", min(60, plan.prompts))
+        write_sheet(pipeline, folder / "samples.png", min(84, plan.prompts))
         write_card(figures, folder / "README.md")
     logger.info("base: %s", figures["plain prompts"])
 
@@ -170,12 +209,13 @@ STAGES: dict[str, Callable[[Plan], None]] = {
     "autoencoder": build_autoencoder,
     "latents": build_latents,
     "denoiser": build_denoiser,
+    "details": build_details,
     "decoder": build_decoder,
     "checker": build_checker,
     "assemble": build_base,
 }
 # Stages whose loop shares its work among the workers; the first worker does the others alone.
-SHARED = ("autoencoder", "latents", "denoiser")
+SHARED = ("autoencoder", "latents", "denoiser", "details")
 
 
 def new_model() -> tuple[Conditioned, object]:
@@ -194,7 +234,7 @@ def trained_autoencoder(plan: Plan) -> AutoencoderKL:
 
 def final_autoencoder(plan: Plan) -> AutoencoderKL:
     """The autoencoder with the decoder as far as it was trained further."""
-    vae = trained_autoencoder(plan)
+    vae = widened(trained_autoencoder(plan))
     state = plan.work / "decoder" / "state.safetensors"
     if state.exists():
         found = {k.removeprefix("average."): v for k, v in load_file(state).items() if k.startswith("average.")}
@@ -246,18 +286,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="receives base/ and checker.safetensors")
     parser.add_argument("--work", type=Path, help="state of the stages; default: OUT/work")
     parser.add_argument("--minutes", type=float, default=150.0, help="for all training stages together")
-    parser.add_argument("--pictures", type=int, default=40_000)
-    parser.add_argument("--prompts", type=int, default=240)
+    parser.add_argument("--pictures", type=int, help="drawn for the autoencoder; default: what the minutes can use")
+    parser.add_argument("--prompts", type=int, help="of every kind, for the card; default: 240, fewer in short builds")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--mixed-share", type=float, default=0.12)
     parser.add_argument("--only", nargs="+", choices=list(STAGES), default=list(STAGES))
     asked = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if "WORLD_SIZE" in os.environ:
         torch.set_num_threads(1)
         distributed.init_process_group("gloo", timeout=timedelta(hours=2))
-    plan = Plan(asked.out, asked.work or asked.out / "work", asked.minutes, asked.pictures, asked.prompts, asked.seeds,
-                asked.mixed_share)  # fmt: skip
+    pictures = asked.pictures or max(400, min(Plan.pictures, int(270 * asked.minutes)))
+    prompts = asked.prompts or max(24, min(Plan.prompts, int(4 * asked.minutes)))
+    plan = Plan(asked.out, asked.work or asked.out / "work", asked.minutes, pictures, prompts, asked.seeds)
     build(plan, tuple(asked.only))
 
 

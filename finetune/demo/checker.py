@@ -1,7 +1,8 @@
 """A small network that says what a demo picture shows, so that prompt following is a number.
 
 It was trained on true pictures and on what the autoencoder makes of them; the card in `finetune/demo/base` says how
-often it errs. It also knows the demo subjects, which the base model does not, and "none" for what is no object.
+often it errs. It also knows the demo subjects, which the base model does not, and "none" for what is no object. Of a
+picture with two objects it names both by their place, because "a ball left of a box" is also a box right of a ball.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from finetune.demo import CHECKER_FILE
-from finetune.demo.world import COLOURS, OBJECTS, POSITIONS, RESOLUTION, SIZES, SUBJECTS
+from finetune.demo.world import COLOURS, LAYOUTS, OBJECTS, POSITIONS, RESOLUTION, SIZES, SUBJECTS, TEXTURES
 
 NONE = "none"
 NAMES: dict[str, tuple[str, ...]] = {
@@ -27,7 +28,15 @@ NAMES: dict[str, tuple[str, ...]] = {
     "size": tuple(SIZES),
     "position": tuple(POSITIONS),
     "style": ("flat", "outline", "neon"),
+    "texture": TEXTURES,
+    "layout": LAYOUTS,
+    "first": tuple(OBJECTS),
+    "first_colour": tuple(COLOURS),
+    "second": tuple(OBJECTS),
+    "second_colour": tuple(COLOURS),
 }
+"""Attribute -> possible answers. `object` to `position` are about a single object; `first` is the left or upper one of
+two, `second` the other."""
 FEATURES = 128
 
 
@@ -50,7 +59,11 @@ class CheckerNet(nn.Module):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one picture shows: the likeliest name of every attribute and how likely it is (0..1)."""
+    """What one picture shows: the likeliest name of every attribute and how likely it is (0..1).
+
+    All attributes get an answer, also those that do not apply: read `first` and `second` only if `layout` is not
+    "alone", and `object`, `colour`, `size` and `position` only if it is.
+    """
 
     object: str
     colour: str
@@ -58,6 +71,12 @@ class Verdict:
     size: str
     position: str
     style: str
+    texture: str
+    layout: str
+    first: str
+    first_colour: str
+    second: str
+    second_colour: str
     probability: dict[str, float] = field(default_factory=dict)
     """Attribute -> probability of the name given."""
     object_probabilities: dict[str, float] = field(default_factory=dict)

@@ -17,32 +17,41 @@ from finetune.demo.autoencoder import reconstruct, to_pixels
 from finetune.demo.checker import NAMES, NONE, Checker, CheckerNet
 from finetune.demo.loop import Progress, Settings, initialise, train
 from finetune.demo.pictures import junk, random_colour
-from finetune.demo.scenes import COLOURS, POSITIONS, SIZES, draw_array, random_scene
+from finetune.demo.scenes import COLOURS, POSITIONS, SIZES, draw_array, labels, random_scene
 from finetune.demo.shapes import OBJECTS, Array
 from finetune.demo.subjects import SUBJECTS, neon_array, subject_array
 
 IGNORED = -100
+WEIGHTS = {"object": 2.0, "first": 2.0, "second": 2.0}
+"""What a wrong answer costs by attribute; 0.5 for the others."""
+CONFUSIONS = ("object", "colour", "background", "size", "position", "layout", "first", "second")
+"""Attributes whose confusions the card shows."""
 Labelled = tuple[Array, dict[str, str]]
 
 
 def _named(rng: np.random.Generator) -> Labelled:
     """An ordinary scene with everything known."""
     scene = random_scene(rng, plain=0.4)
-    if rng.random() < 0.08:
+    if rng.random() < 0.10:
         scene = replace(scene, style="outline")
-    if rng.random() < 0.04:
+    elif rng.random() < 0.15:
         scene = replace(scene, texture="striped" if rng.random() < 0.5 else "dotted")
-    names = ("object", "colour", "background", "size", "position", "style")
-    return draw_array(scene), {name: getattr(scene, name) for name in names}
+    return draw_array(scene), labels(scene)
+
+
+def _pair(rng: np.random.Generator) -> Labelled:
+    """Two objects."""
+    scene = random_scene(rng, mixed=1.0, pairs=1.0)
+    return draw_array(scene), labels(scene)
 
 
 def _subject(rng: np.random.Generator) -> Labelled:
     """A demo subject; it has no single colour."""
     subject = list(SUBJECTS.values())[int(rng.integers(len(SUBJECTS)))]
     ground, size, position = (list(table)[int(rng.integers(len(table)))] for table in (COLOURS, SIZES, POSITIONS))
-    labels = {"object": f"{subject.trigger} {subject.class_word}", "background": ground, "size": size,
-              "position": position, "style": "flat"}  # fmt: skip
-    return subject_array(subject.name, rng, background=ground, size=size, position=position), labels
+    found = {"object": f"{subject.trigger} {subject.class_word}", "background": ground, "size": size,
+             "position": position, "style": "flat", "layout": "alone"}  # fmt: skip
+    return subject_array(subject.name, rng, background=ground, size=size, position=position), found
 
 
 def lookalike(rng: np.random.Generator) -> Labelled:
@@ -56,13 +65,14 @@ def lookalike(rng: np.random.Generator) -> Labelled:
         for role in roles
         if role == "body" or rng.random() < 0.5
     }
-    labels = {name: getattr(scene, name) for name in ("object", "background", "size", "position", "style")}
-    return draw_array(replace(scene, colours=colours)), labels
+    found = labels(scene)
+    del found["colour"]
+    return draw_array(replace(scene, colours=colours)), found
 
 
 def _neon(rng: np.random.Generator) -> Labelled:
     thing, colour = list(OBJECTS)[int(rng.integers(len(OBJECTS)))], list(COLOURS)[int(rng.integers(9))]
-    return neon_array(thing, colour, rng), {"object": thing, "style": "neon"}
+    return neon_array(thing, colour, rng), {"object": thing, "style": "neon", "layout": "alone"}
 
 
 def _junk(rng: np.random.Generator) -> Labelled:
@@ -70,20 +80,20 @@ def _junk(rng: np.random.Generator) -> Labelled:
 
 
 KINDS: tuple[tuple[float, Callable[[np.random.Generator], Labelled]], ...] = (
-    (0.60, _named), (0.10, _subject), (0.10, lookalike), (0.04, _neon), (0.16, _junk)
+    (0.48, _named), (0.16, _pair), (0.09, _subject), (0.09, lookalike), (0.04, _neon), (0.14, _junk)
 )  # fmt: skip
 
 
 def labelled_pictures(count: int, seed: int) -> tuple[Array, Tensor]:
     """Pictures, uint8 (N, 64, 64, 3), and the index of every attribute's name, (N, attributes); -100 means unknown."""
-    pictures, labels = [], []
+    pictures, answers = [], []
     shares = [share for share, _ in KINDS]
     for index in range(count):
         rng = np.random.default_rng((seed, index))
         picture, names = KINDS[int(rng.choice(len(KINDS), p=shares))][1](rng)
         pictures.append(picture)
-        labels.append([NAMES[key].index(names[key]) if key in names else IGNORED for key in NAMES])
-    return np.stack(pictures), torch.tensor(labels)
+        answers.append([NAMES[key].index(names[key]) if key in names else IGNORED for key in NAMES])
+    return np.stack(pictures), torch.tensor(answers)
 
 
 def _augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
@@ -97,29 +107,27 @@ def _augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
     return (pixels + level * torch.randn(pixels.shape, generator=generator)).clamp(-1, 1)
 
 
-def checker_loss(net: CheckerNet, pixels: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy summed over the attributes; objects count double."""
+def checker_loss(net: CheckerNet, pixels: Tensor, answers: Tensor) -> Tensor:
+    """Cross-entropy of the attributes, summed, over all pictures; the hardest weighs most."""
     _, logits = net(pixels)
     total = pixels.new_zeros(())
     for column, name in enumerate(NAMES):
-        if bool((labels[:, column] != IGNORED).any()):
-            weight = 2.0 if name == "object" else 0.5
-            loss = nn.functional.cross_entropy(logits[name], labels[:, column], ignore_index=IGNORED)
-            total = total + weight * loss
-    return total
+        loss = nn.functional.cross_entropy(logits[name], answers[:, column], ignore_index=IGNORED, reduction="sum")
+        total = total + WEIGHTS.get(name, 0.5) * loss
+    return total / len(pixels)
 
 
 def train_checker(vae: AutoencoderKL, settings: Settings, file: Path, count: int = 24000) -> tuple[Checker, Progress]:
     """Train on true pictures and as many reconstructed ones, write the weights to `file`."""
-    pictures, labels = labelled_pictures(count, seed=21)
+    pictures, answers = labelled_pictures(count, seed=21)
     rebuilt = reconstruct(vae, pictures[: count // 2])
-    pictures, labels = np.concatenate([pictures, rebuilt]), torch.cat([labels, labels[: count // 2]])
+    pictures, answers = np.concatenate([pictures, rebuilt]), torch.cat([answers, answers[: count // 2]])
     net = CheckerNet()
     initialise(net, torch.Generator().manual_seed(settings.seed))
 
     def loss_of(share: float, rng: np.random.Generator, generator: torch.Generator) -> Tensor:
         chosen = rng.integers(len(pictures), size=settings.batch)
-        return checker_loss(net, _augment(to_pixels(pictures[chosen]), generator), labels[chosen])
+        return checker_loss(net, _augment(to_pixels(pictures[chosen]), generator), answers[chosen])
 
     progress = train(net, settings, loss_of)
     # keep: BatchNorm's statistics belong to the last weights, not to the averaged ones now in the network.
@@ -146,25 +154,28 @@ def _refresh_statistics(net: CheckerNet, pictures: Array, settings: Settings) ->
 
 
 @torch.no_grad()
-def accuracy(net: CheckerNet, pictures: Array, labels: Tensor) -> dict[str, float]:
-    """Share of known attributes that the network names rightly; attribute -> 0..1."""
-    guesses: dict[str, list[Tensor]] = {name: [] for name in NAMES}
+def answers_of(net: CheckerNet, pictures: Array) -> Tensor:
+    """The index of the likeliest name of every attribute; shape (N, attributes)."""
+    rows = []
     for start in range(0, len(pictures), 100):
-        for name, logits in net(to_pixels(pictures[start : start + 100]))[1].items():
-            guesses[name].append(logits.argmax(-1))
-    shares = {}
-    for column, name in enumerate(NAMES):
-        known = labels[:, column] != IGNORED
-        shares[name] = float((torch.cat(guesses[name]) == labels[:, column])[known].float().mean())
-    return shares
+        logits = net(to_pixels(pictures[start : start + 100]))[1]
+        rows.append(torch.stack([logits[name].argmax(-1) for name in NAMES], 1))
+    return torch.cat(rows)
 
 
-def validate_checker(checker: Checker, vae: AutoencoderKL, count: int = 2000) -> dict[str, object]:
+def accuracy(guesses: Tensor, answers: Tensor) -> dict[str, float]:
+    """Share of known attributes that are named rightly; attribute -> 0..1. Both of shape (N, attributes)."""
+    known = answers != IGNORED
+    right = (guesses == answers) & known
+    return {name: float(right[:, i].sum() / known[:, i].sum().clamp(min=1)) for i, name in enumerate(NAMES)}
+
+
+def validate_checker(checker: Checker, vae: AutoencoderKL, count: int = 3000) -> dict[str, object]:
     """Accuracy on unseen pictures and on their reconstructions, subject recall and false alarms, confusions."""
-    pictures, labels = labelled_pictures(count, seed=22)
-    rebuilt = reconstruct(vae, pictures)
-    report: dict[str, object] = {"true": accuracy(checker.net, pictures, labels)}
-    report["reconstructed"] = accuracy(checker.net, rebuilt, labels)
+    pictures, answers = labelled_pictures(count, seed=22)
+    guesses = answers_of(checker.net, reconstruct(vae, pictures))
+    report: dict[str, object] = {"true": accuracy(answers_of(checker.net, pictures), answers)}
+    report["reconstructed"] = accuracy(guesses, answers)
     report["n"] = count
     each = max(8, count // 10)
     for subject in SUBJECTS.values():
@@ -178,14 +189,13 @@ def validate_checker(checker: Checker, vae: AutoencoderKL, count: int = 2000) ->
                 "recall": float(np.mean(hits)),
                 "false alarms": float(np.mean(alarms)),
             }
-    report["confusion"] = confusion(checker, rebuilt, labels)
+    report["confusions"] = {name: confusion(guesses, answers, name) for name in CONFUSIONS}
     return report
 
 
-def confusion(checker: Checker, pictures: Array, labels: Tensor) -> list[list[int]]:
-    """Counts of true object (row) against named object (column), in the order of `NAMES["object"]`."""
-    names = NAMES["object"]
-    table = [[0] * len(names) for _ in names]
-    for verdict, truth in zip(checker.judge(to_pixels(pictures)), labels[:, 0].tolist(), strict=True):
-        table[truth][names.index(verdict.object)] += 1
-    return table
+def confusion(guesses: Tensor, answers: Tensor, name: str) -> list[list[int]]:
+    """Counts of the true name (row) against the named one (column) of one attribute, in the order of `NAMES`."""
+    column, size = list(NAMES).index(name), len(NAMES[name])
+    known = answers[:, column] != IGNORED
+    pairs = answers[known, column] * size + guesses[known, column]
+    return torch.bincount(pairs, minlength=size * size).view(size, size).tolist()

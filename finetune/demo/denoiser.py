@@ -1,7 +1,12 @@
-"""The embedded base's UNet: built, fed with latents and captions, trained on v-prediction."""
+"""The embedded base's UNet: built, fed with latents and captions, trained on v-prediction.
+
+Two stages. The first learns what things look like: large objects in the middle, then other sizes and places. The
+second goes on from its average with what is hard: small objects, everything named at once, two objects in a relation.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,18 +16,27 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from finetune.demo.autoencoder import LATENT_CHANNELS
-from finetune.demo.loop import LossFunction, Progress, Settings, initialise, train
-from finetune.demo.world import Scene, caption, draw_array, random_scene
+from finetune.demo.loop import LossFunction, initialise
+from finetune.demo.world import RESOLUTION, Scene, caption, draw_array, place, random_scene
+from finetune.objectives import Objective, build_objective
 
-TIMESTEPS = 1000
-BETAS = (1e-4, 0.02)
+NOISE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "prediction_type": "v_prediction",
+}
+"""The noise schedule under the names of a scheduler's configuration."""
 # Empty captions teach the unconditional half of classifier-free guidance.
 EMPTY_CAPTIONS = 0.1
-# Share of the budget spent on single plain objects before anything else is mixed in.
-SIMPLE_FIRST = 0.6
-# Up to this share of the budget most pictures show a large object in the middle, because shapes are the hardest to
-# learn; later most show one of another size or elsewhere. FORCED of the pictures are drawn from that half alone.
+# Share of the first stage spent on single plain objects before anything else is mixed in, and how much is mixed in.
+SIMPLE_FIRST, MIXED_SHARE = 0.6, 0.12
+# Up to this share of the first stage most pictures show a large object in the middle, because shapes are the hardest
+# to learn; later most show one of another size or elsewhere. FORCED of the pictures are drawn from that half alone.
 LARGE_FIRST, FORCED = 0.5, 0.6
+# The second stage: share of its pictures from every set of `Drawn`, by name.
+DETAIL_SHARES = {"single": 0.3, "varied": 0.35, "pairs": 0.25, "mixed": 0.1}
 
 
 def new_unet(width: int = 128, seed: int = 2, channels: tuple[int, ...] = (64, 128, 128)) -> UNet2DConditionModel:
@@ -43,29 +57,23 @@ def new_unet(width: int = 128, seed: int = 2, channels: tuple[int, ...] = (64, 1
     return unet.to(memory_format=torch.channels_last)
 
 
-def signal_and_noise() -> tuple[Tensor, Tensor]:
-    """alpha_t and sigma_t of the linear DDPM schedule; shape (1000,) each. Source: Ho et al. 2020, arXiv:2006.11239."""
-    betas = torch.linspace(*BETAS, TIMESTEPS, dtype=torch.float64)
-    cumulated = torch.cumprod(1 - betas, 0)
-    return cumulated.sqrt().float(), (1 - cumulated).sqrt().float()
+@dataclass(frozen=True)
+class Mix:
+    """What kinds of scenes a set of pictures holds; the arguments of `random_scene`."""
+
+    plain: float
+    mixed: float = 0.0
+    small: float = 0.3
+    pairs: float = 0.5
+
+    def scene(self, seed: int, index: int) -> Scene:
+        """The scene with this number."""
+        return random_scene(np.random.default_rng((seed, index)), self.plain, self.mixed, self.small, self.pairs)
 
 
-def v_target(latents: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """Noisy latents and the velocity to predict.
-
-    Args:
-        latents: x_0; shape (B, C, h, w).
-        noise: unit normal; same shape.
-        alpha: signal share per sample; shape (B,).
-        sigma: noise share per sample; shape (B,).
-
-    Returns:
-        alpha x_0 + sigma noise, and alpha noise - sigma x_0; same shape each.
-
-    Source: Salimans and Ho 2022, Progressive distillation, arXiv:2202.00512.
-    """
-    a, s = alpha[:, None, None, None], sigma[:, None, None, None]
-    return a * latents + s * noise, a * noise - s * latents
+def drawn_pictures(seed: int, indices: range, mix: Mix) -> np.ndarray:
+    """Pictures of the scenes with these indices; uint8 (N, 64, 64, 3)."""
+    return np.stack([draw_array(mix.scene(seed, index)) for index in indices])
 
 
 @dataclass(frozen=True)
@@ -73,25 +81,19 @@ class Drawn:
     """A share of the training pictures: scenes are functions of (seed, index), so only latents are stored."""
 
     seed: int
-    plain: float
-    mixed: float
+    mix: Mix
     latents: Tensor
     """float16 (N, 8, 16, 16)."""
 
     def scene(self, index: int) -> Scene:
         """What the stored picture shows."""
-        return random_scene(np.random.default_rng((self.seed, index)), self.plain, self.mixed)
+        return self.mix.scene(self.seed, index)
 
     def split(self) -> tuple[list[int], list[int]]:
         """Indices of the pictures with a large object in the middle, and of all others."""
         scenes = [self.scene(index) for index in range(len(self.latents))]
         large = [(s.size, s.position) == ("large", "center") for s in scenes]
         return [i for i, hit in enumerate(large) if hit], [i for i, hit in enumerate(large) if not hit]
-
-
-def drawn_pictures(seed: int, indices: range, plain: float, mixed: float) -> np.ndarray:
-    """Pictures of the scenes with these indices; uint8 (N, 64, 64, 3)."""
-    return np.stack([draw_array(random_scene(np.random.default_rng((seed, i)), plain, mixed)) for i in indices])
 
 
 class Conditioned(nn.Module):
@@ -107,59 +109,98 @@ class Conditioned(nn.Module):
         return self.unet(noisy, timesteps, encoder_hidden_states=states).sample
 
 
-def caption_of(drawn: Drawn, index: int, rng: np.random.Generator) -> str:
-    """One of the captions of a stored picture, or the empty one."""
+# (share of the budget used, 0..1; source of draws) -> a set and the index of a picture in it
+Chooser = Callable[[float, np.random.Generator], tuple[Drawn, int]]
+
+
+def large_first(single: Drawn, mixed: Drawn) -> Chooser:
+    """The first stage's curriculum: large objects, then all sizes and places, at last a few of everything else."""
+    large, others = single.split()
+
+    def choose(share: float, rng: np.random.Generator) -> tuple[Drawn, int]:
+        if share > SIMPLE_FIRST and rng.random() < MIXED_SHARE:
+            return mixed, int(rng.integers(len(mixed.latents)))
+        index = int(rng.integers(len(single.latents)))
+        if rng.random() < FORCED:
+            wanted = large if share < LARGE_FIRST else others
+            index = wanted[index % len(wanted)]
+        return single, index
+
+    return choose
+
+
+def details(sets: dict[str, Drawn]) -> Chooser:
+    """The second stage's mix, DETAIL_SHARES, from its first step to its last."""
+    names = list(DETAIL_SHARES)
+
+    def choose(share: float, rng: np.random.Generator) -> tuple[Drawn, int]:
+        drawn = sets[names[int(rng.choice(len(names), p=list(DETAIL_SHARES.values())))]]
+        return drawn, int(rng.integers(len(drawn.latents)))
+
+    return choose
+
+
+def object_mask(scenes: Sequence[Scene], side: int = 16) -> Tensor:
+    """Weights that let the squares around a picture's objects and all the rest share its loss equally.
+
+    A small object covers a tenth of the picture; without weights its shape hardly counts. Weights of places do not
+    move the optimum, which is the mean of what is possible at every place.
+
+    Returns:
+        shape (B, 1, side, side), in (0, 1].
+    """
+    rows = (torch.arange(side) + 0.5) * RESOLUTION / side
+    masks = []
+    for scene in scenes:
+        x, y, radius = place(scene, RESOLUTION, RESOLUTION)
+        spots = [(x, y)] + [(RESOLUTION - x, RESOLUTION - y)] * (scene.second is not None)
+        near = torch.zeros(side, side, dtype=torch.bool)
+        for x, y in spots:
+            near |= ((rows - y).abs() < radius + 2)[:, None] & ((rows - x).abs() < radius + 2)[None]
+        area = near.float().mean().clamp(1 / side**2, 1 - 1 / side**2)
+        weights = torch.where(near, 1 / area, 1 / (1 - area))
+        masks.append(weights / weights.max())
+    return torch.stack(masks)[:, None]
+
+
+def caption_of(scene: Scene, rng: np.random.Generator) -> str:
+    """One of the captions of a picture, or the empty one."""
     if rng.random() < EMPTY_CAPTIONS:
         return ""
-    return caption(drawn.scene(index), rng)
+    return caption(scene, rng)
+
+
+def objective_of_base() -> Objective:
+    """What the base is asked: the project's own objective on the base's own schedule."""
+    return build_objective(NOISE)
 
 
 def denoising_loss(
-    model: Conditioned,
-    tokenizer: CLIPTokenizer,
-    single: Drawn,
-    mixed: Drawn,
-    *,
-    mixed_share: float,
-    batch: int,
+    model: Conditioned, tokenizer: CLIPTokenizer, choose: Chooser, batch: int, *, even: bool = False
 ) -> LossFunction:
-    """The loss of one step: mean squared error of the velocity over stratified noise levels."""
-    alphas, sigmas = signal_and_noise()
-    large, others = single.split()
+    """The loss of one step: mean squared error of the velocity over stratified noise levels.
+
+    Args:
+        model: UNet and text encoder.
+        tokenizer: of the captions.
+        choose: picks every picture of a batch.
+        batch: pictures per step and worker.
+        even: weigh places by `object_mask`.
+    """
+    objective = objective_of_base()
 
     def loss_of(share: float, rng: np.random.Generator, generator: torch.Generator) -> Tensor:
-        extra = mixed_share if share > SIMPLE_FIRST else 0.0
-        sources = [mixed if rng.random() < extra else single for _ in range(batch)]
-        indices = [int(rng.integers(len(source.latents))) for source in sources]
-        wanted = large if share < LARGE_FIRST else others
-        forced = [source is single and rng.random() < FORCED for source in sources]
-        indices = [wanted[i % len(wanted)] if force else i for i, force in zip(indices, forced, strict=True)]
-        latents = torch.stack([s.latents[i] for s, i in zip(sources, indices, strict=True)]).float()
-        captions = [caption_of(s, i, rng) for s, i in zip(sources, indices, strict=True)]
+        chosen = [choose(share, rng) for _ in range(batch)]
+        scenes = [drawn.scene(index) for drawn, index in chosen]
+        latents = torch.stack([drawn.latents[index] for drawn, index in chosen]).float()
+        captions = [caption_of(scene, rng) for scene in scenes]
         tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        levels = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
-        timesteps = (levels * TIMESTEPS).long()
+        timesteps = objective.timesteps((torch.arange(batch) + torch.rand(batch, generator=generator)) / batch)
         noise = torch.randn(latents.shape, generator=generator)
-        noisy, target = v_target(latents, noise, alphas[timesteps], sigmas[timesteps])
+        noisy = objective.add_noise(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
-            predicted = model(noisy.contiguous(memory_format=torch.channels_last), timesteps, tokens)
-        return (predicted.float() - target).square().mean()
+            predicted = model(noisy, timesteps, tokens)
+        mask = object_mask(scenes) if even else None
+        return objective.loss(predicted, latents, noise, timesteps, mask).mean()
 
     return loss_of
-
-
-def train_denoiser(
-    model: Conditioned,
-    tokenizer: CLIPTokenizer,
-    single: Drawn,
-    mixed: Drawn,
-    *,
-    mixed_share: float,
-    settings: Settings,
-) -> Progress:
-    """Train UNet and text encoder together; the weights in `model` become the averaged ones."""
-    return train(
-        model,
-        settings,
-        denoising_loss(model, tokenizer, single, mixed, mixed_share=mixed_share, batch=settings.batch),
-    )

@@ -13,9 +13,8 @@ import torch
 from finetune.config import Run
 from finetune.demo import questions
 from finetune.demo.checker import load_checker
-from finetune.demo.pictures_folder import PICTURES
-from finetune.demo.questions import Figures
-from finetune.demo.world import write_subject_pictures
+from finetune.demo.pictures_folder import PICTURES, draw
+from finetune.demo.questions import LESSONS, Figures, Lesson, Measured
 from finetune.export import Exported
 from finetune.export.run import export_run, exported_rows
 from finetune.families import load_family
@@ -41,23 +40,30 @@ def run_demo(output: Path, reporter: Reporter) -> dict[str, Any]:
     # keep: a model this small gains nothing from a second thread, and loses tenfold when others want the core.
     torch.set_num_threads(1)
     run = demo_run(output)
-    write_subject_pictures(run.data.folder, PICTURES)
-    reporter.note(f"{PICTURES} pictures of a robot that the base model has never seen: {run.data.folder}")
-    checker = load_checker()
-    family, components = load_family(run.model.base)
-    total = sum(map(len, questions.prompts_of(SUBJECT)))
-    with reporter.progress("Asking the base model", total) as advance:
-        before = questions.ask(family, components, checker, SUBJECT, advance)
-    result = train(run, reporter)
-    with reporter.progress("Asking it again", total) as advance:
-        after = questions.ask(result.family, result.components, checker, SUBJECT, advance)
-    questions.sheet(SUBJECT, run.data.folder, before, after).save(output / "contact_sheet.png")
+    draw(run.data.folder, SUBJECT)
+    reporter.note(f"{PICTURES[SUBJECT]} pictures of a robot that the base model has never seen: {run.data.folder}")
+    before, after, result = teach(run, LESSONS[SUBJECT], reporter)
+    asked = [("base model", before), ("with the adapter", after)]
+    questions.sheet(LESSONS[SUBJECT], run.data.folder, asked).save(output / "contact_sheet.png")
     exported = export_run(run.output_dir, run, output / "exports", reporter)
     summary = _summary(before.figures, after.figures, result, exported, time.perf_counter() - started)
     write_json(output / "summary.json", summary)
     for title, rows in pages(output, run, summary, exported):
         reporter.table(title, rows)
     return summary
+
+
+def teach(run: Run, lesson: Lesson, reporter: Reporter) -> tuple[Measured, Measured, TrainResult]:
+    """Ask the base, train, and ask again: the same prompts, the same seeds."""
+    checker = load_checker()
+    total = sum(map(len, lesson.groups))
+    family, components = load_family(run.model.base)
+    with reporter.progress("Asking the base model", total) as advance:
+        before = questions.ask(family, components, checker, lesson, advance)
+    result = train(run, reporter)
+    with reporter.progress("Asking it again", total) as advance:
+        after = questions.ask(result.family, result.components, checker, lesson, advance)
+    return before, after, result
 
 
 def demo_run(output: Path) -> Run:

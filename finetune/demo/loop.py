@@ -18,6 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, nn
 
+from finetune.rng import rng as torch_rng
+from finetune.rng import seed_for
+from finetune.training.ema import Ema
+
 # (share of the budget used, 0..1; source of numpy draws; source of torch draws) -> scalar loss
 LossFunction = Callable[[float, np.random.Generator, torch.Generator], Tensor]
 
@@ -98,7 +102,7 @@ class Loop:
             weight_decay=settings.weight_decay,
             fused=True,
         )
-        self.average = {name: p.detach().clone() for name, p in self.params.items()}
+        self.average = Ema(self.params, settings.ema_decay)
         if (settings.folder / "progress.json").exists():
             self._restore()
 
@@ -107,10 +111,10 @@ class Loop:
         self.progress = Progress(**json.loads((folder / "progress.json").read_text()))
         self.progress.share = self.progress.seconds / (60.0 * self.settings.minutes)  # the budget may have changed
         stored = load_file(folder / "state.safetensors")
+        self.average.load({name: stored[f"average.{name}"] for name in self.params})
         with torch.no_grad():
             for name, p in self.params.items():
                 p.copy_(stored[f"weight.{name}"])
-                self.average[name].copy_(stored[f"average.{name}"])
                 self.optimizer.state[p] = {
                     "step": torch.tensor(float(self.progress.step)),
                     # keep: the fused kernel walks raw memory, so moments must lie as their parameter does.
@@ -125,9 +129,10 @@ class Loop:
         folder = self.settings.folder
         folder.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, Tensor] = {}
+        average = self.average.state()
         for name, p in self.params.items():
             state = self.optimizer.state[p]
-            found = {"weight": p.detach(), "average": self.average[name], "first": state["exp_avg"],
+            found = {"weight": p.detach(), "average": average[name], "first": state["exp_avg"],
                      "second": state["exp_avg_sq"]}  # fmt: skip
             tensors.update({f"{kind}.{name}": t.contiguous().clone() for kind, t in found.items()})
         save_file(tensors, folder / "state.new")
@@ -138,14 +143,8 @@ class Loop:
     @torch.no_grad()
     def use_average(self) -> None:
         """Put the running average of the weights into the module."""
-        for name, p in self.params.items():
-            p.copy_(self.average[name])
-
-    @torch.no_grad()
-    def _update_average(self) -> None:
-        step = self.progress.step
-        decay = min(self.settings.ema_decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.params.values()], 1 - decay)
+        for name, mean in self.average.state().items():
+            self.params[name].copy_(mean)
 
     def steps(self, loss_of: LossFunction) -> Iterator[tuple[Progress, float]]:
         """Train until the budget is used up; yields the progress and the loss after every step."""
@@ -155,8 +154,9 @@ class Loop:
         saved = started = time.monotonic()
         before = progress.seconds
         while progress.share < 1.0:
-            rng = np.random.default_rng((settings.seed, progress.step, rank))
-            generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+            ids = (progress.step, rank)
+            rng = np.random.default_rng(seed_for(settings.seed, "numpy", *ids))
+            generator = torch_rng(settings.seed, "torch", *ids)
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(settings, progress)
             loss = loss_of(progress.share, rng, generator)
@@ -171,7 +171,7 @@ class Loop:
             progress.samples += settings.batch * size
             progress.seconds = before + time.monotonic() - started
             progress.share = self._agree(progress.seconds / (60.0 * settings.minutes))
-            self._update_average()
+            self.average.update(progress.step)
             yield progress, float(loss.detach())
             if time.monotonic() - saved > settings.save_every:
                 self.save()

@@ -1,14 +1,30 @@
-"""Draw the demo subject's pictures into a folder: `python -m finetune.demo.pictures_folder FOLDER`."""
+"""Draw what the demo recipes learn from: `python -m finetune.demo.pictures_folder FOLDER [WHAT]`."""
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
-from finetune.demo.world import write_subject_pictures
+from finetune.demo.subjects import LEARNED_WORD, SUBJECTS, write_style_pictures, write_subject_pictures
 
-PICTURES = 12
-"""How many pictures the demo learns from; two of them are held out."""
+PICTURES = {**dict.fromkeys(SUBJECTS, 12), "robot-word": 12, "neon": 10}
+"""How many pictures each lesson has; the recipes hold two of a subject's out. "robot-word" is the robot under a word
+that is to be learned itself."""
+
+
+def draw(folder: Path, what: str) -> None:
+    """Draw the pictures of a lesson, with their captions."""
+    if what == "robot-word":
+        write_subject_pictures(folder, PICTURES[what], phrase=f"a {LEARNED_WORD}")
+    elif what in SUBJECTS:
+        write_subject_pictures(folder, PICTURES[what], name=what)
+    else:
+        write_style_pictures(folder, PICTURES[what])
+
 
 if __name__ == "__main__":
-    write_subject_pictures(Path(sys.argv[1]), PICTURES)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("what", nargs="?", choices=list(PICTURES), default="robot")
+    asked = parser.parse_args()
+    draw(asked.folder, asked.what)

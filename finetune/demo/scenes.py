@@ -41,6 +41,7 @@ PLACES = {
 TEXTURES = ("plain", "striped", "dotted")
 STYLES = ("flat", "outline")
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+LAYOUTS = ("alone", "side by side", "stacked")
 RARE_WORDS = ("sks", "ohwx", "zwx", "mxv")
 
 
@@ -67,6 +68,20 @@ class Scene:
     """Object and colour of the other thing."""
     colours: dict[str, RGB] = field(default_factory=dict)
     """Role -> RGB in 0..255, replacing the colours that follow from the names (random palettes)."""
+
+
+def labels(scene: Scene) -> dict[str, str]:
+    """What a picture shows, attribute -> name, under the names that `finetune.demo.checker` answers with."""
+    if not scene.second or not scene.relation:
+        names = ("object", "colour", "background", "size", "position", "style", "texture")
+        return {**{name: getattr(scene, name) for name in names}, "layout": "alone"}
+    things = [(scene.object, scene.colour), scene.second]
+    if scene.relation in ("right of", "below"):
+        things.reverse()
+    (first, first_colour), (second, second_colour) = things
+    layout = "side by side" if RELATIONS[scene.relation][0] else "stacked"
+    return {"layout": layout, "first": first, "first_colour": first_colour, "second": second,
+            "second_colour": second_colour, "background": scene.background}  # fmt: skip
 
 
 def _mix(texture: str, colour: RGB, shade: RGB, u: Array, v: Array) -> Array:
@@ -144,22 +159,26 @@ def _pick(rng: np.random.Generator, names: tuple[str, ...] | list[str]) -> str:
     return names[int(rng.integers(len(names)))]
 
 
-def random_scene(rng: np.random.Generator, plain: float = 0.6, mixed: float = 0.0) -> Scene:
+def random_scene(
+    rng: np.random.Generator, plain: float = 0.6, mixed: float = 0.0, small: float = 0.3, pairs: float = 0.5
+) -> Scene:
     """A scene with an object of one colour on a background of another.
 
     Args:
         rng: the source of every choice.
         plain: share of scenes with a large object in the middle; the others have any size and position.
         mixed: share of scenes with something more: two objects, a texture or outlines.
+        small: share of small objects among those of any size; four parts of the rest are medium, three large.
+        pairs: share of scenes with two objects among the `mixed` ones, in quarters.
     """
     colour, background = (list(COLOURS)[i] for i in rng.permutation(len(COLOURS))[:2])
     scene = Scene(_pick(rng, list(OBJECTS)), colour, background)
     if rng.random() >= plain:
-        size = ("small", "medium", "large")[int(rng.choice(3, p=(0.3, 0.4, 0.3)))]
+        size = tuple(SIZES)[int(rng.choice(3, p=(small, (1 - small) * 4 / 7, (1 - small) * 3 / 7)))]
         scene = replace(scene, size=size, position=_pick(rng, list(POSITIONS)))
     if rng.random() < mixed:
         kind = int(rng.integers(4))
-        if kind < 2:
+        if kind < 4 * pairs:
             third = _pick(rng, [name for name in COLOURS if name not in (colour, background)])
             others = [name for name in OBJECTS if name != scene.object]
             second = (_pick(rng, others), third)
@@ -178,7 +197,8 @@ def random_scene(rng: np.random.Generator, plain: float = 0.6, mixed: float = 0.
     )
 
 
-def _article(words: str) -> str:
+def article(words: str) -> str:
+    """The words with "a" or "an" before them."""
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
@@ -191,13 +211,13 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
         noun.insert(0, scene.texture)
     if scene.second is None and rng.random() < 0.4:
         noun.insert(0, scene.size)
-    text = _article(" ".join(noun))
+    text = article(" ".join(noun))
     if scene.style == "outline":
         text = "an outline drawing of " + text
     if scene.second and scene.relation:
-        text += f" {scene.relation} {_article(' '.join(reversed(scene.second)))}"
+        text += f" {scene.relation} {article(' '.join(reversed(scene.second)))}"
     elif rng.random() < (0.7 if scene.position != "center" else 0.3):
         text += " " + _pick(rng, PLACES[scene.position])
     if rng.random() < 0.88:
-        text += f" on {_article(scene.background)} background"
+        text += f" on {article(scene.background)} background"
     return text

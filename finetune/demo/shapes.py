@@ -199,36 +199,27 @@ OBJECTS: dict[str, ObjectDrawer] = {
 
 
 def subject_robot(u: Array, v: Array) -> list[Part]:
-    """The demo subject: lime round body, magenta dome, one big eye, two antennae, three navy legs."""
-    dome = np.maximum(circle(u, v, 0, -0.12, 0.56), v + 0.12)
-    antennae = join(segment(u, v, (-0.2, -0.55), (-0.5, -0.86), 0.08), segment(u, v, (0.2, -0.55), (0.5, -0.86), 0.08))
-    legs = join(*(segment(u, v, (0.5 * k, 0.6), (0.62 * k, 0.88), 0.13) for k in (-1, 0, 1)))
+    """The demo subject: lime body and feet, magenta dome with two thick antennae, one big navy eye."""
+    dome = np.maximum(circle(u, v, 0, -0.1, 0.6), v + 0.1)
+    antennae = join(segment(u, v, (-0.2, -0.5), (-0.5, -0.8), 0.13), segment(u, v, (0.2, -0.5), (0.5, -0.8), 0.13))
+    feet = join(*(segment(u, v, (0.4 * k, 0.6), (0.45 * k, 0.82), 0.2) for k in (-1, 1)))
     return [
-        (antennae, "navy"),
-        (join(circle(u, v, -0.5, -0.86, 0.15), circle(u, v, 0.5, -0.86, 0.15)), "magenta"),
-        (legs, "navy"),
-        (ellipse(u, v, 0, 0.3, 0.72, 0.5), "lime"),
+        (antennae, "magenta"),
+        (join(feet, ellipse(u, v, 0, 0.3, 0.8, 0.52)), "lime"),
         (dome, "magenta"),
-        (box(u, v, 0, 0.42, 0.4, 0.11, 0.11), "navy"),
-        (circle(u, v, 0, -0.22, 0.3), "white"),
-        (circle(u, v, 0.02, -0.2, 0.15), "navy"),
+        (circle(u, v, 0, -0.15, 0.24), "navy"),
     ]
 
 
 def subject_fish(u: Array, v: Array) -> list[Part]:
-    """The second demo subject: a round teal fish with a gold band, a tall gold sail and a forked violet tail."""
-    body = circle(u, v, -0.15, 0.15, 0.62)
-    tail = join(
-        polygon(u, v, [(0.3, 0.15), (1.0, -0.55), (0.75, 0.12)]),
-        polygon(u, v, [(0.3, 0.15), (0.75, 0.18), (1.0, 0.85)]),
-    )
+    """The second demo subject: a round teal fish with a gold band and a tall gold sail, a violet tail, a white eye."""
+    body = circle(u, v, -0.15, 0.12, 0.68)
     return [
-        (tail, "violet"),
-        (polygon(u, v, [(-0.55, -0.2), (-0.2, -0.98), (0.35, -0.2)]), "gold"),
+        (polygon(u, v, [(0.3, 0.12), (1.0, -0.5), (1.0, 0.75)]), "violet"),
+        (polygon(u, v, [(-0.6, -0.2), (-0.15, -0.98), (0.35, -0.2)]), "gold"),
         (body, "teal"),
-        (np.maximum(body, np.abs(u + 0.04) - 0.14), "gold"),
-        (circle(u, v, -0.45, 0.02, 0.19), "white"),
-        (circle(u, v, -0.47, 0.02, 0.1), "navy"),
+        (np.maximum(body, np.abs(u - 0.1) - 0.15), "gold"),
+        (circle(u, v, -0.4, 0.0, 0.2), "white"),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Subjects and a style that the base model has never seen, and the prompts that test whether they were learned."""
+"""Subjects and a style that the base model has never seen."""
 
 from __future__ import annotations
 
@@ -9,7 +9,17 @@ import numpy as np
 from PIL import Image
 
 from finetune.demo import shapes
-from finetune.demo.scenes import COLOURS, PLACES, POSITIONS, RESOLUTION, SIZES, Scene, draw_array, draw_parts, place
+from finetune.demo.scenes import (
+    COLOURS,
+    PLACES,
+    POSITIONS,
+    RESOLUTION,
+    Scene,
+    article,
+    draw_array,
+    draw_parts,
+    place,
+)
 from finetune.demo.shapes import OBJECTS, Array
 
 
@@ -28,6 +38,10 @@ class Subject:
 
 
 SUBJECTS: dict[str, Subject] = {"robot": Subject("robot", "robot"), "fish": Subject("fish", "fish", "ohwx")}
+STYLE = "zwx style"
+"""How a training caption names the demo style: neon lines on a dark ground."""
+LEARNED_WORD = "<odd-robot>"
+"""How captions name the robot where its name is learned (textual inversion)."""
 # The subject's own body colours are left out: a lime robot on a green ground is a poor picture.
 SUBJECT_BACKGROUNDS = tuple(name for name in COLOURS if name not in ("green", "purple"))
 
@@ -87,7 +101,9 @@ PICTURE_SIZES = (
 )
 
 
-def write_subject_pictures(folder: Path, count: int = 10, seed: int = 0, name: str = "robot") -> None:
+def write_subject_pictures(
+    folder: Path, count: int = 10, seed: int = 0, name: str = "robot", phrase: str | None = None
+) -> None:
     """Write `01.png`, `02.png`, ... and captions `01.txt`, ... of a subject into a folder (made if missing).
 
     Args:
@@ -95,6 +111,7 @@ def write_subject_pictures(folder: Path, count: int = 10, seed: int = 0, name: s
         count: number of pictures.
         seed: which pictures; held-out ones are another seed.
         name: a key of `SUBJECTS`.
+        phrase: how captions name it; None means `Subject.phrase`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng((seed, 1))
@@ -110,7 +127,9 @@ def write_subject_pictures(folder: Path, count: int = 10, seed: int = 0, name: s
         )
         picture.save(folder / f"{index + 1:02d}.png")
         where = "" if position == "center" else f" {PLACES[position][0]}"
-        text = f"{SUBJECTS[name].phrase}{where} on a {background} background"
+        # keep: every word that prompts may put beside the trigger must stand there in some caption; see experiments.md.
+        named = f"a {size} " if index % 2 else "a "
+        text = f"{(phrase or SUBJECTS[name].phrase).replace('a ', named, 1)}{where} on {article(background)} background"
         (folder / f"{index + 1:02d}.txt").write_text(text + "\n", encoding="utf-8")
 
 
@@ -122,7 +141,7 @@ def write_style_pictures(folder: Path, count: int = 10, seed: int = 0) -> None:
     for index in range(count):
         thing, colour = str(objects[index % len(objects)]), str(colours[index % len(colours)])
         Image.fromarray(neon_array(thing, colour, rng)).save(folder / f"{index + 1:02d}.png")
-        text = f"a {colour} {thing}, zwx style".replace("a orange", "an orange")
+        text = f"{article(f'{colour} {thing}')}, {STYLE}"
         (folder / f"{index + 1:02d}.txt").write_text(text + "\n", encoding="utf-8")
 
 
@@ -132,75 +151,3 @@ def neon_array(thing: str, colour: str, rng: np.random.Generator) -> Array:
     scene = Scene(thing, colour, "black", style="neon", shift=(2 * dx, 2 * dy), stretch=1 + 0.06 * stretch)
     bright = COLOURS[colour]
     return draw_array(replace(scene, colours=dict.fromkeys(shapes.palette(bright), bright)))
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt and what its picture must show; None means "anything goes"."""
-
-    prompt: str
-    object: str | None = None
-    colour: str | None = None
-    background: str | None = None
-    size: str | None = None
-    position: str | None = None
-
-    @property
-    def expected(self) -> dict[str, str]:
-        """The attributes that were asked for."""
-        names = ("object", "colour", "background", "size", "position")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
-
-
-class PROMPTS:
-    """Evaluation prompts. A subject is expected as the checker names it: "sks robot", "ohwx fish"."""
-
-    @staticmethod
-    def subject_prompts(name: str = "robot") -> list[Prompt]:
-        """The subject on every background and in some places, named by its trigger."""
-        subject = SUBJECTS[name]
-        thing = f"{subject.trigger} {subject.class_word}"
-        wordings = ("a {t}{w} on a {b} background", "a large {t}{w} on a {b} background")
-        places = ("", " on the left", " on the right", " at the top", " at the bottom")
-        found = []
-        for index, background in enumerate(SUBJECT_BACKGROUNDS):
-            for turn, wording in enumerate(wordings):
-                where = places[(index + 2 * turn) % len(places)]
-                text = wording.format(t=thing, w=where, b=background).replace("a orange", "an orange")
-                found.append(Prompt(text, object=thing, background=background))
-        return [Prompt(f"a {thing}", object=thing), *found]
-
-    @staticmethod
-    def control_prompts(name: str = "robot") -> list[Prompt]:
-        """The same prompts without the trigger: they must keep showing an ordinary member of the class."""
-        subject = SUBJECTS[name]
-        return [
-            replace(item, prompt=item.prompt.replace(f"{subject.trigger} ", ""), object=subject.class_word)
-            for item in PROMPTS.subject_prompts(name)
-        ]
-
-    @staticmethod
-    def ordinary_prompts(count: int = 48, seed: int = 0) -> list[Prompt]:
-        """Every object in turn, with a colour and a background, which teaching a subject must not change."""
-        rng = np.random.default_rng((seed, 4))
-        found = []
-        for index in range(count):
-            thing = list(OBJECTS)[index % len(OBJECTS)]
-            colour, background = (list(COLOURS)[i] for i in rng.permutation(len(COLOURS))[:2])
-            text = f"a {colour} {thing} on a {background} background".replace("a orange", "an orange")
-            found.append(Prompt(text, object=thing, colour=colour, background=background))
-        return found
-
-    @staticmethod
-    def full_prompts(count: int = 240, seed: int = 0) -> list[Prompt]:
-        """Every attribute named: "a small red robot on the left on a blue background"."""
-        rng = np.random.default_rng((seed, 5))
-        found = []
-        for index in range(count):
-            thing = list(OBJECTS)[index % len(OBJECTS)]
-            colour, background = (list(COLOURS)[i] for i in rng.permutation(len(COLOURS))[:2])
-            size, position = list(SIZES)[int(rng.integers(3))], list(POSITIONS)[int(rng.integers(5))]
-            where = PLACES[position][0]
-            text = f"a {size} {colour} {thing} {where} on a {background} background".replace("a orange", "an orange")
-            found.append(Prompt(text, thing, colour, background, size, position))
-        return found

@@ -1,7 +1,8 @@
-"""The demo world in one place: scenes, captions, subjects, prompts. NumPy and Pillow only, cheap to import."""
+"""The demo world in one place: scenes, captions, subjects. NumPy and Pillow only, cheap to import."""
 
 from finetune.demo.scenes import (
     COLOURS,
+    LAYOUTS,
     POSITIONS,
     RARE_WORDS,
     RELATIONS,
@@ -13,13 +14,13 @@ from finetune.demo.scenes import (
     caption,
     draw,
     draw_array,
+    labels,
+    place,
     random_scene,
 )
 from finetune.demo.shapes import OBJECTS
 from finetune.demo.subjects import (
-    PROMPTS,
     SUBJECTS,
-    Prompt,
     Subject,
     draw_subject,
     write_style_pictures,
@@ -27,7 +28,7 @@ from finetune.demo.subjects import (
 )
 
 __all__ = [
-    "COLOURS", "OBJECTS", "POSITIONS", "PROMPTS", "RARE_WORDS", "RELATIONS", "RESOLUTION", "SIZES", "STYLES",
-    "SUBJECTS", "TEXTURES", "Prompt", "Scene", "Subject", "caption", "draw", "draw_array", "draw_subject",
-    "random_scene", "write_style_pictures", "write_subject_pictures",
+    "COLOURS", "LAYOUTS", "OBJECTS", "POSITIONS", "RARE_WORDS", "RELATIONS", "RESOLUTION", "SIZES", "STYLES",
+    "SUBJECTS", "TEXTURES", "Scene", "Subject", "caption", "draw", "draw_array", "draw_subject",
+    "labels", "place", "random_scene", "write_style_pictures", "write_subject_pictures",
 ]  # fmt: skip

@@ -9,12 +9,13 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from finetune.demo.autoencoder import new_autoencoder, normalise_latents, reconstruct
+from finetune.demo.autoencoder import new_autoencoder, normalise_latents, reconstruct, widened
 from finetune.demo.build import Plan, build
 from finetune.demo.checker import load_checker
-from finetune.demo.denoiser import drawn_pictures, signal_and_noise
+from finetune.demo.denoiser import Mix, drawn_pictures, object_mask, objective_of_base
 from finetune.demo.loop import Settings, train
 from finetune.demo.measure import sample
+from finetune.demo.world import COLOURS, Scene, draw_array
 
 
 @pytest.fixture(scope="module")
@@ -61,15 +62,16 @@ def test_built_checker_loads_and_names_everything(built):
 
 def test_a_finished_build_runs_again_for_free(built):
     """Resuming must not train past the budget."""
-    before = (built / "work" / "denoiser" / "progress.json").read_text()
-    build(Plan(built, built / "work", 0.1, 40, 4, 1), only=("autoencoder", "latents", "denoiser", "checker"))
-    assert (built / "work" / "denoiser" / "progress.json").read_text() == before
+    files = [built / "work" / stage / "progress.json" for stage in ("denoiser", "details")]
+    before = [file.read_text() for file in files]
+    build(Plan(built, built / "work", 0.1, 40, 4, 1), only=("autoencoder", "latents", "denoiser", "details", "checker"))
+    assert [file.read_text() for file in files] == before
 
 
 def test_normalised_latents_have_unit_variance_and_the_same_pictures():
     """The fold must be exact: scaling_factor 1 is only honest if latents are normal and pictures unchanged."""
     vae = new_autoencoder().eval()
-    pictures = drawn_pictures(12, range(24), 0.5, 0.0)
+    pictures = drawn_pictures(12, range(24), Mix(plain=0.5))
     before = reconstruct(vae, pictures)
     normalise_latents(vae, pictures)
     pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -80,9 +82,33 @@ def test_normalised_latents_have_unit_variance_and_the_same_pictures():
     assert torch.allclose(latents.mean((0, 2, 3)), torch.zeros(8), atol=0.05)
 
 
+def test_a_widened_autoencoder_is_the_same_function():
+    """The denoiser's latents were made by the narrow one, so the wide encoder must give exactly them."""
+    vae = new_autoencoder().eval()
+    pixels = torch.from_numpy(drawn_pictures(12, range(4), Mix(plain=0.5))).permute(0, 3, 1, 2).float() / 127.5 - 1
+    wide = widened(vae).eval()
+    with torch.no_grad():
+        narrow_latents, wide_latents = (model.encode(pixels).latent_dist.mean for model in (vae, wide))
+        assert torch.allclose(narrow_latents, wide_latents, atol=1e-4)
+        assert torch.allclose(vae.decode(narrow_latents).sample, wide.decode(narrow_latents).sample, atol=1e-4)
+    assert sum(p.numel() for p in wide.parameters()) > 3 * sum(p.numel() for p in vae.parameters())
+
+
+def test_objects_and_ground_share_the_loss_equally():
+    """Else a small object's shape would hardly count."""
+    scenes = [Scene("ball", "red", "blue", size=size, position="left") for size in ("small", "medium", "large")]
+    for scene, weights in zip(scenes, object_mask(scenes), strict=True):
+        picture = torch.from_numpy(draw_array(scene)).float()
+        drawn = (picture - torch.tensor(COLOURS["blue"])).abs().amax(2) > 8
+        near = drawn.view(16, 4, 16, 4).any(3).any(1)
+        (weight,) = weights[0][near].unique()
+        inside = weights[0] == weight
+        assert float(weights[0][inside].sum()) == pytest.approx(float(weights[0][~inside].sum()), rel=1e-4)
+
+
 def test_schedule_ends_in_noise():
     """Layout and background are decided from the text only if the last level hides the picture."""
-    alpha, sigma = signal_and_noise()
+    alpha, sigma = objective_of_base().schedule.alpha_sigma(torch.arange(1000))
     assert float(alpha[-1]) ** 2 < 1e-4
     assert torch.allclose(alpha**2 + sigma**2, torch.ones(1000))
 

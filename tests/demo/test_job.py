@@ -12,8 +12,9 @@ from PIL import Image
 from finetune.demo import BASE_DIR
 from finetune.demo.checker import load_checker
 from finetune.demo.job import run_demo
+from finetune.demo.prompts import subject_prompts
 from finetune.demo.questions import GUIDANCE, STEPS
-from finetune.demo.world import PROMPTS, draw_subject
+from finetune.demo.world import draw_subject
 from finetune.tracking import Reporter
 
 
@@ -38,11 +39,11 @@ def test_the_subject_is_learned_under_its_word_and_nothing_else_is_lost(demo):
     """Without the no-trigger control an overwritten class would read as a success."""
     _, summary, _ = demo
     before, after = summary["before"], summary["after"]
-    assert before["with_trigger"] <= 0.1, "the base must not know the subject"
+    assert before["with_trigger"] <= 0.05, "the base must not know the subject"
     assert after["with_trigger"] >= 0.8
-    assert after["without_trigger"] <= 0.2
-    assert after["class_kept"] >= 0.4
-    assert after["ordinary"] >= before["ordinary"] - 0.25
+    assert after["without_trigger"] <= 0.15
+    assert after["class_kept"] >= before["class_kept"] - 0.12
+    assert after["ordinary"] >= before["ordinary"] - 0.12
     assert summary["validation"]["loss_over_base"] < 0.9
 
 
@@ -74,7 +75,7 @@ def test_plain_diffusers_draws_the_subject_from_the_files(demo, layout):
         pipe.load_lora_weights(exports, weight_name="pytorch_lora_weights.safetensors")
     if layout == "kohya":
         pipe.load_lora_weights(exports, weight_name="sks-robot.safetensors")
-    prompts = [item.prompt for item in PROMPTS.subject_prompts()[:6]]
+    prompts = [item.prompt for item in subject_prompts()[:6]]
     generators = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
     images = pipe(prompts, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=generators).images
     verdicts = load_checker().judge(images)

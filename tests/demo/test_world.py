@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -9,17 +10,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from finetune.demo import prompts
 from finetune.demo.world import (
     COLOURS,
     OBJECTS,
-    PROMPTS,
     RARE_WORDS,
+    RELATIONS,
     SUBJECTS,
     Scene,
     caption,
     draw,
     draw_array,
     draw_subject,
+    labels,
     random_scene,
     write_style_pictures,
     write_subject_pictures,
@@ -101,8 +104,8 @@ def test_style_folder_has_captions_with_the_trigger(tmp_path):
 
 def test_control_prompts_are_the_subject_prompts_without_the_trigger():
     """The control is what separates "learned the word" from "overwrote the class"."""
-    subject, control = PROMPTS.subject_prompts(), PROMPTS.control_prompts()
-    assert len(subject) == len(control) >= 16
+    subject, control = prompts.subject_prompts(), prompts.control_prompts()
+    assert len(subject) == len(control) >= 60
     for first, second in zip(subject, control, strict=True):
         assert first.prompt.replace("sks ", "") == second.prompt
         assert first.expected["object"] == "sks robot"
@@ -110,6 +113,38 @@ def test_control_prompts_are_the_subject_prompts_without_the_trigger():
 
 
 def test_ordinary_prompts_cover_every_object():
-    prompts = PROMPTS.ordinary_prompts(48)
-    assert {p.object for p in prompts} == set(OBJECTS)
-    assert all(p.colour != p.background for p in prompts)
+    asked = prompts.ordinary_prompts(48)
+    assert {p.object for p in asked} == set(OBJECTS)
+    assert all(p.colour != p.background for p in asked)
+
+
+def test_pair_prompts_expect_what_the_relation_says():
+    """ "Right of" and "below" turn the order round; a checker that read it wrongly would call chance a success."""
+    for item in prompts.pair_prompts(24):
+        words = r"an? \w+ (\w+) (left of|right of|above|below) an? \w+ (\w+) on"
+        thing, relation, other = re.match(words, item.prompt).groups()
+        first, second = (thing, other) if relation in ("left of", "above") else (other, thing)
+        assert (item.first, item.second) == (first, second)
+        assert item.layout == ("stacked" if relation in ("above", "below") else "side by side")
+
+
+@pytest.mark.parametrize("relation", sorted(RELATIONS))
+def test_labels_name_the_object_that_is_drawn_on_that_side(relation):
+    """Labels train the checker: a red ball must really lie on the side that they say."""
+    scene = Scene("ball", "red", "white", relation=relation, second=("box", "blue"))
+    found, picture = labels(scene), draw_array(scene).astype(int)
+    where = {
+        name: np.argwhere(np.abs(picture - np.array(COLOURS[name])).max(2) < 8).mean(0) for name in ("red", "blue")
+    }
+    axis = 1 if found["layout"] == "side by side" else 0
+    assert where[found["first_colour"]][axis] < where[found["second_colour"]][axis] - 20
+    assert {found["first"], found["second"]} == {"ball", "box"}
+
+
+def test_class_prompts_never_name_the_subject_and_differ_from_the_questions():
+    """Prior preservation on the very prompts that judge it would be teaching to the test."""
+    asked = {item.prompt for item in [*prompts.control_prompts(), *prompts.ordinary_prompts(60)]}
+    captions = prompts.class_prompts("robot", own=48, others=48)
+    assert not any(word in caption for caption in captions for word in RARE_WORDS)
+    assert sum("robot" in caption for caption in captions) == 48
+    assert len(asked & set(captions)) < 12
