@@ -41,7 +41,8 @@ class ObjectiveConfig(Section):
     density_shift: float = Field(default=1.0, gt=0)
     """Pushes any density towards noise (above 1) or clean pictures (below 1), besides the base's own shift."""
     noise_range: tuple[float, float] = (0.0, 1.0)
-    """The part of the noise levels that is trained, as shares: 0 is clean, 1 noise. 0.2,0.8: timesteps 200 to 799."""
+    """The part of the noise levels that is trained, as shares: 0 is clean, 1 noise. 0.2,0.8: timesteps 200 to 799. A
+    flow base's own shift is applied afterwards: with SD3's shift of 3 they become 429 to 923."""
     weighting: Literal[
         "none", "min_snr", "soft_min_snr", "debiased", "p2", "sigma_sqrt", "cosmap"
     ] = "none"  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from finetune.data.cache import LatentCache, MaskCache, TextCache, Tokenize
-from finetune.data.captions import PLAIN, CaptionRules, draw_caption, every_caption, plain_caption
+from finetune.data.captions import PLAIN, VERBATIM, CaptionRules, draw_caption, every_caption, plain_caption
 from finetune.data.dataset import Picture
 from finetune.data.sampler import Draw
 from finetune.data.views import UNCHANGED, Augment, View, draw_view, every_view, plain
@@ -219,7 +219,7 @@ class Collator:
         return least + (1 - least) * self._masks.get(view)
 
     def _rules(self, picture: Picture) -> CaptionRules:
-        return PLAIN if picture.is_class else self._variation.rules
+        return VERBATIM if picture.is_class else self._variation.rules
 
     def _caption(self, draw: Draw) -> str:
         choice = python_rng(self._seed, "caption", *self._id(draw))

@@ -33,6 +33,7 @@ class CaptionRules:
         prefix: put before every caption.
         suffix: put behind every caption.
         trigger: the word that calls the subject.
+        verbatim: keep captions to the letter, braces and bars included; nothing else here counts then.
     """
 
     shuffle: bool = False
@@ -43,14 +44,19 @@ class CaptionRules:
     prefix: str = ""
     suffix: str = ""
     trigger: str | None = None
+    verbatim: bool = False
 
 
 PLAIN = CaptionRules()
 """Changes nothing but placeholders, options and keep separators."""
+VERBATIM = CaptionRules(verbatim=True)
+"""Changes nothing: a class picture was rendered from these very words."""
 
 
 def compose(caption: str, rules: CaptionRules, chance: Random) -> str:
     """One text from one caption as it was written; a pure function of both and of the draws."""
+    if rules.verbatim:
+        return caption
     text = _decide(caption.replace(PLACEHOLDER, rules.trigger or PLACEHOLDER), chance)
     head, tags, tail = _parts(text, rules)
     if rules.tag_dropout > 0:
@@ -64,6 +70,8 @@ def compose(caption: str, rules: CaptionRules, chance: Random) -> str:
 
 def varies(captions: Sequence[str], rules: CaptionRules) -> bool:
     """Whether these captions give other texts in other draws, apart from being several."""
+    if rules.verbatim:
+        return False
     return rules.shuffle or rules.tag_dropout > 0 or any(WILDCARD.search(caption) for caption in captions)
 
 

@@ -30,8 +30,10 @@ class SampleSheets:
         resolution: int,
         folder: Path,
         device: torch.device,
+        run_digest: str,
     ) -> None:
         """Remember what to render with; `resolution` is the side of a square sample in pixels."""
+        self._run_digest = run_digest
         self._samples = samples
         self._family = family
         self._components = components
@@ -46,7 +48,7 @@ class SampleSheets:
         """
         sheet = self._folder / f"step-{step:06d}.png"
         questions = self._folder / sheet.stem / "questions.json"
-        if only_if_missing and questions.is_file() and read_json(questions) == self._questions():
+        if only_if_missing and questions.is_file() and read_json(questions) == self._questions(step):
             return sheet
         seeds = range(self._samples.per_prompt)
         jobs = [(i, prompt, seed) for i, prompt in enumerate(self._samples.prompts) for seed in seeds]
@@ -71,12 +73,13 @@ class SampleSheets:
         for (i, _, seed), image in zip(jobs, images, strict=True):
             image.save(folder / f"{i:03d}-{seed}.png")
         self._sheet(step, images).save(sheet)
-        write_json(questions, self._questions())
+        write_json(questions, self._questions(step))
         return sheet
 
-    def _questions(self) -> dict[str, Any]:
-        """Written after a sheet's pictures: prompts or settings that changed since make a new sheet."""
-        return {**self._samples.model_dump(mode="json", exclude={"every"}), "resolution": self._resolution}
+    def _questions(self, step: int) -> dict[str, Any]:
+        """Written after a sheet's pictures: prompts, settings, another base or run since make a new sheet."""
+        asked = {**self._samples.model_dump(mode="json", exclude={"every"}), "resolution": self._resolution}
+        return {**asked, "base": self._components.digest, "run": self._run_digest if step else ""}
 
     def _sheet(self, step: int, images: list[Image.Image]) -> Image.Image:
         count = len(self._samples.prompts)

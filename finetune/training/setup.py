@@ -119,7 +119,9 @@ def build_loop(run: Run, accelerator: Accelerator, dtype: str, reporter: Reporte
         sampler, collator,
         Validator(probe, collator, objective, quantiles=run.validation.quantiles, seed=run.train.seed)
         if run.validation.every else None,
-        SampleSheets(run.samples, family, components, adapters, cut.resolution, run.output_dir / "samples", device)
+        SampleSheets(
+            run.samples, family, components, adapters, cut.resolution, run.output_dir / "samples", device, run.digest()
+        )
         if run.samples.prompts and accelerator.is_main_process else None,
         accelerator, reporter, _documents(run, pictures, components, dtype, optimizer, accelerator),
         f"{len(probe)} {'held-out' if pictures.holdout else 'training'} pictures",
