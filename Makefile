@@ -14,7 +14,7 @@ demo: $(INSTALLED)  ## Teach the embedded base a new subject: the whole job in a
 	$(BIN)/finetune demo --output runs/demo
 
 test: $(INSTALLED)  ## Run the test suite.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)  ## Check style and types.
 	$(BIN)/ruff check .
