@@ -102,7 +102,7 @@ def choose_device(wanted: str | None) -> torch.device:
     try:
         device = torch.device(wanted)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(f"--device {wanted} cannot be used here ({reason}); leave it out, or give cpu.") from error
     return device

@@ -26,10 +26,13 @@ does the rest. The result differs from the full decoder's by about one level of 
 
 
 def _torch_has_lanczos() -> bool:
-    """Torch resizes bytes five times faster than Pillow, to the same values but for a level; 2.13 has Lanczos."""
+    """Torch resizes bytes five times faster than Pillow, to the same values but for a level; 2.13 has Lanczos.
+
+    Older versions say that they have no such mode; which resizer is used is part of every cache key (`VERSION`).
+    """
     try:
         _lanczos(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), (2, 2))
-    except (NotImplementedError, RuntimeError, ValueError):
+    except (RuntimeError, ValueError):
         return False
     return True
 

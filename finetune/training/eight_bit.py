@@ -20,7 +20,7 @@ MIN_PAGED_ELEMENTS = 100_000
 """bitsandbytes pages the state of larger tensors only."""
 
 
-def library(device: torch.device) -> Any:
+def optimizers_for(device: torch.device) -> Any:
     """`bitsandbytes.optim`, imported only here because that takes seconds.
 
     Raises:

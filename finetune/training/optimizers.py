@@ -194,7 +194,7 @@ def _eight_bit(name: str, groups: Groups, config: OptimizerConfig, device: torch
             f"{config.name} needs 8-bit kernels, which bitsandbytes does not have for {device.type}; "
             "set optimizer.name=adamw."
         )
-    cls = getattr(eight_bit.library(device), name)
+    cls = getattr(eight_bit.optimizers_for(device), name)
     built = _built(cls, groups, config, {"min_8bit_size": eight_bit.MIN_ELEMENTS})
     return BuiltOptimizer(built.optimizer, built.resolved, eight_bit.notes(config.name, groups, device))
 

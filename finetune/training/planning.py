@@ -93,7 +93,7 @@ def memory_rows(run: Run, loaded: Loaded, device: torch.device) -> Rows:
         memory = predict(
             model, partial(_forward, run, loaded, largest), run.optimizer, mean=run.train.ema_decay is not None
         )
-    except (NotImplementedError, RuntimeError) as error:
+    except RuntimeError as error:
         return [("Not predicted", f"this base cannot be played without its content: {str(error).splitlines()[0]}")]
     return _memory_table(memory, device)
 
