@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune.errors import nearest
 from finetune.sampling.guides import steering_problems
+from finetune.sampling.schedulers import SCHEDULERS
 
 ROLES = ("image", "mask", "control")
 """Pictures that may be given, fields of `Wanted`."""
@@ -62,6 +64,11 @@ class Wanted:
             found.append("there is no prompt; write one, or name a file with --prompts.")
         if self.count < 1 or self.steps < 1 or self.batch_size < 1:
             found.append(f"count={self.count}, steps={self.steps} and batch={self.batch_size} must be at least 1.")
+        if self.scheduler is not None and self.scheduler not in SCHEDULERS:
+            found.append(
+                f"scheduler={self.scheduler!r} is not known{nearest(self.scheduler, SCHEDULERS)}; choose "
+                f"{', '.join(SCHEDULERS)}."
+            )
         if self.upscale is not None and not 1 < self.upscale <= 4:
             found.append(f"upscale={self.upscale} must be above 1 and at most 4.")
         if not self.adapters and self.strengths != (1.0,):

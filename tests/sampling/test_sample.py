@@ -99,8 +99,10 @@ def test_strengths_make_rows_from_the_base_to_the_adapter(sample, adapter):
 
 def test_everything_wrong_is_said_at_once(sample, tmp_path):
     """One run of the command shows all problems."""
-    text, folder = sample("--mask", tmp_path / "no.png", "--count", 0, "--upscale", 9, expect=2)
-    for words in ("there is no prompt", "count=0", "upscale=9", "a picture to repaint is needed"):
+    wrong = ("--mask", tmp_path / "no.png", "--count", 0, "--upscale", 9, "--scheduler", "eular")
+    text, folder = sample(*wrong, expect=2)
+    told = ("there is no prompt", "did you mean euler?", "count=0", "upscale=9", "a picture to repaint is needed")
+    for words in told:
         assert words in text
     assert not folder.exists()
 
