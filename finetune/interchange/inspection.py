@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.interchange.header import Header, Tensors, clean, hash_bytes, open_tensors
-from finetune.interchange.layouts import LOSSES, OURS, Layer, blocks
+from finetune.interchange.layouts import LOSSES, OURS, Layer, blocks, weight_fits
 from finetune.interchange.names import Architecture, from_base
 from finetune.interchange.original import Piece
 from finetune.interchange.readers import READERS, Verdict, judge
@@ -277,10 +277,14 @@ def _notes(facts: Facts, sources: list[Source]) -> None:
                 f"{fitting.count(False)} of {len(fitting)} layers have other shapes than {facts.base}: "
                 "it is for another base, or a base of another size (--base)."
             )
+        if facts.kind == "checkpoint" and fitting.count(False) * 2 > len(fitting):
+            facts.base = f"of no published size; its names are nearest to {facts.base}'s (--base FOLDER tells)"
 
 
 def _fits(source: Source, layer: Layer) -> bool:
     architecture = source.resolved.architecture
+    if architecture is not None and source.resolved.kind == "checkpoint":
+        return weight_fits(source.header, layer.stem, layer.meaning, architecture)
     up = layer.parts.get("lora_B.weight")
     if architecture is None or up is None:
         return True

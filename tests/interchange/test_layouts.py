@@ -232,5 +232,8 @@ def test_embeddings_and_checkpoints_are_told_apart(tmp_path, tiny_base):
     assert embedding.kind == "embedding" and embedding.base == "Stable Diffusion XL"
     checkpoint = inspect_file(next((tiny_base / "unet").glob("*.safetensors")), tiny_base)
     assert checkpoint.kind == "checkpoint" and checkpoint.family == "sd1"
+    assert checkpoint.base == "Stable Diffusion 1.x"
+    unnamed = inspect_file(next((tiny_base / "unet").glob("*.safetensors")))
+    assert unnamed.base.startswith("of no published size"), "a toy model must not be called a real one"
     nothing = inspect_file(write(tmp_path / "x.safetensors", {"a": noise(3)}))
     assert nothing.kind == "unknown"
