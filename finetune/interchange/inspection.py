@@ -66,6 +66,7 @@ class Facts:
         kind: "adapter", "checkpoint", "embedding" or "unknown".
         layout: how names are spelled.
         notes: what is odd, or would be lost or misread by somebody.
+        family, base: of the base it is for; the family is empty where the shapes fit no published model.
         candidates: families that fit equally well, where only the base could tell.
         methods, ranks, scales: value -> how many layers have it.
         loads_in: program -> whether it can use the file, and why not.
@@ -134,7 +135,12 @@ def inspect_file(path: Path, base: Path | None = None, *, hashes: bool = False, 
         metadata=metadata,
     )
     architecture = next((source.resolved.architecture for source in sources if source.resolved.architecture), None)
-    if architecture:
+    fitting = [_fits(source, layer) for source in sources for layer in source.resolved.layers]
+    foreign = fitting.count(False) * 2 > len(fitting)
+    if architecture and foreign:
+        nearest = f"its names are nearest to {architecture.title}'s"
+        facts.base = f"a base of no published size; {nearest} (--base FOLDER tells)"
+    elif architecture:
         facts.family, facts.base = architecture.family, architecture.title
         several = [family for family in sources[0].resolved.candidates if family != architecture.family]
         facts.candidates = [architecture.family, *several] if several else []
@@ -143,10 +149,10 @@ def inspect_file(path: Path, base: Path | None = None, *, hashes: bool = False, 
         _tokens(facts, source)
         if facts.kind == "adapter" and architecture:
             _adapter(facts, source, norms)
-    if architecture and facts.kind == "adapter":
+    if architecture and facts.kind == "adapter" and not foreign:
         facts.coverage = _coverage(architecture, [layer for source in sources for layer in source.resolved.layers])
         facts.loads_in = {reader: judge(reader, architecture, sources) for reader in READERS}
-    _notes(facts, sources)
+    _notes(facts, sources, fitting)
     for header in headers:
         facts.hashes |= _hashes(header, hashes, "" if len(headers) == 1 else f"{header.path.parent.name}/")
     return facts
@@ -256,7 +262,7 @@ def _tokens(facts: Facts, source: Source) -> None:
         )
 
 
-def _notes(facts: Facts, sources: list[Source]) -> None:
+def _notes(facts: Facts, sources: list[Source], fitting: list[bool]) -> None:
     if lossy := sources[0].header.metadata.get(LOSSES):
         facts.notes.append(clean(f"a lossy conversion made it, by its own words: {lossy}", 600))
     variants = Counter(
@@ -270,15 +276,13 @@ def _notes(facts: Facts, sources: list[Source]) -> None:
         facts.notes.append(f"{len(facts.unknown)} tensors have names that mean nothing here.")
     if facts.candidates:
         facts.notes.append(f"it fits {' and '.join(facts.candidates)} equally well; --base would tell.")
-    for source in sources:
-        fitting = [_fits(source, layer) for layer in source.resolved.layers]
-        if facts.kind == "adapter" and fitting and not all(fitting):
-            facts.notes.append(
-                f"{fitting.count(False)} of {len(fitting)} layers have other shapes than {facts.base}: "
-                "it is for another base, or a base of another size (--base)."
-            )
-        if facts.kind == "checkpoint" and fitting.count(False) * 2 > len(fitting):
-            facts.base = f"of no published size; its names are nearest to {facts.base}'s (--base FOLDER tells)"
+    if facts.kind == "adapter" and facts.family and not all(fitting):
+        facts.notes.append(
+            f"{fitting.count(False)} of {len(fitting)} layers have other shapes than {facts.base}: "
+            "it is for another base, or a base of another size (--base)."
+        )
+    if facts.kind == "adapter" and not facts.family and fitting:
+        facts.notes.append("only its base can tell which layers it misses and which programs load it (--base).")
 
 
 def _fits(source: Source, layer: Layer) -> bool:

@@ -9,12 +9,15 @@ import sys
 import pytest
 import torch
 
+from finetune.demo import BASE_DIR
+from finetune.families import load_family
 from finetune.interchange.adapter import InterchangeError
 from finetune.interchange.conversion import convert_adapter
 from finetune.interchange.inspection import inspect_file
 from finetune.interchange.reading import read_adapter
 from finetune.interchange.sources import open_sources
 from tests.interchange.files import kohya_lora, lora, noise, original_layers, table, write
+from tests.tiny import random_adapter
 
 Q = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 XL_Q = "input_blocks.4.1.transformer_blocks.0.attn1.to_q"
@@ -226,6 +229,18 @@ print(json.dumps(facts.as_dict()))
     assert facts["strengths"][0]["norm"] == pytest.approx(norm, rel=1e-5)
 
 
+def test_an_adapter_of_a_base_of_unpublished_size_is_told_so(tmp_path):
+    """Names alone once made the embedded base's adapter one for SDXL, with verdicts to match."""
+    family, parts = load_family("demo")
+    file = random_adapter(family, parts, rank={"unet": 4}, alpha={"unet": 4.0})
+    file.save(tmp_path / "adapter.safetensors")
+    alone = inspect_file(tmp_path / "adapter.safetensors")
+    assert alone.family == "" and not alone.loads_in and not alone.coverage
+    assert any("--base" in note for note in alone.notes)
+    known = inspect_file(tmp_path / "adapter.safetensors", BASE_DIR)
+    assert known.family == "sd1" and known.loads_in and known.coverage
+
+
 def test_embeddings_and_checkpoints_are_told_apart(tmp_path, tiny_base):
     """A user who names the wrong file should read what it is."""
     embedding = inspect_file(write(tmp_path / "sks.safetensors", {"clip_l": noise(2, 768), "clip_g": noise(2, 1280)}))
@@ -234,6 +249,7 @@ def test_embeddings_and_checkpoints_are_told_apart(tmp_path, tiny_base):
     assert checkpoint.kind == "checkpoint" and checkpoint.family == "sd1"
     assert checkpoint.base == "Stable Diffusion 1.x"
     unnamed = inspect_file(next((tiny_base / "unet").glob("*.safetensors")))
-    assert unnamed.base.startswith("of no published size"), "a toy model must not be called a real one"
+    assert unnamed.family == "", "a toy model must not be called a real one"
+    assert unnamed.base.startswith("a base of no published size")
     nothing = inspect_file(write(tmp_path / "x.safetensors", {"a": noise(3)}))
     assert nothing.kind == "unknown"
