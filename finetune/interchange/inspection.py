@@ -268,9 +268,10 @@ def _notes(facts: Facts, sources: list[Source], fitting: list[bool]) -> None:
     variants = Counter(
         layer.meaning.variant for source in sources for layer in source.resolved.layers if layer.meaning.variant
     )
-    facts.notes += [f"{variant} ({count} layers)." for variant, count in variants.items()]
+    if facts.family:
+        facts.notes += [f"{variant} ({count} layers)." for variant, count in variants.items()]
     dialects = sum((source.resolved.dialects() for source in sources), Counter())
-    if len(dialects) > 1 and facts.kind == "adapter":
+    if len(dialects) > 1 and facts.kind == "adapter" and facts.family:
         facts.notes.append("names are spelled in several ways: " + ", ".join(f"{k} ({v})" for k, v in dialects.items()))
     if facts.unknown and facts.kind == "adapter":
         facts.notes.append(f"{len(facts.unknown)} tensors have names that mean nothing here.")
