@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -15,20 +16,19 @@ from PIL import Image
 from torch import nn
 
 from finetune.adapters import AdapterFile
-from finetune.adapters.files import ADAPTER_FILE, HEADER_KEY
+from finetune.adapters.files import ADAPTER_FILE
 from finetune.config import ModelConfig, has_word
 from finetune.errors import ConfigError, DataError
 from finetune.families import Components, ModelFamily, load_model
-from finetune.interchange.reading import read_adapter
-from finetune.interchange.writing import to_file
+from finetune.families.folders import names_folder
 from finetune.run_files import load_run
 from finetune.sampling.generate import generate
 from finetune.sampling.grid import Row, contact_sheet
 from finetune.sampling.guides import Guides
-from finetune.sampling.merging import merge_first
+from finetune.sampling.merging import adapter_digest, merge_first, read_adapter
 from finetune.sampling.papers import Shot, UsedAdapter, same_picture, save
 from finetune.sampling.wanted import ROLES, Wanted
-from finetune.storage import safetensors_metadata, sha256_file
+from finetune.storage import sha256_file, tensor_bytes
 from finetune.tracking import Reporter
 from finetune.training.build import DTYPES, auto_dtype
 from finetune.training.devices import on_device
@@ -100,7 +100,7 @@ def sample_again(
         names = ", ".join(used.name for used in shot.adapters) or "none"
         problems.append(f"{len(adapters)} adapters are given, the picture was made with {len(shot.adapters)}: {names}.")
     for path, used in zip(adapters, shot.adapters, strict=False):
-        if _digest_of(_adapter_path(path)) != used.sha256:
+        if adapter_digest(_adapter_path(path)) != used.sha256:
             problems.append(f"{path} is not the {used.name} it was made with: its bytes have another SHA-256.")
     for role in ROLES:
         given = pictures.get(role)
@@ -150,18 +150,18 @@ def model_of(base: str, run: Path | None) -> tuple[ModelConfig, list[Path], tupl
 def _open(model: ModelConfig, wanted: Wanted, reporter: Reporter) -> _Studio:
     pictures, problems = _pictures(wanted)
     adapters = []
-    folder = Path(model.base).expanduser()
+    names = names_folder(model.base)
     for path, strength in wanted.adapters:
         file = _adapter_path(path)
-        used = UsedAdapter(name=file.name, sha256=_digest_of(file), strength=strength)
-        adapters.append((_read(file, folder if folder.is_dir() else None), used))
+        used = UsedAdapter(name=file.name, sha256=adapter_digest(file), strength=strength)
+        adapters.append((read_adapter(file, names), used))
     if problems:
         raise ConfigError("No picture can be made:", problems)
     dtype = auto_dtype() if model.dtype == "auto" else model.dtype
     with reporter.progress("Loading the base model", 1) as advance:
         # keep: packed weights are for training; adapters are applied to whole ones.
         family, components = load_model(model, DTYPES[dtype], whole=True)
-        merge_first(wanted.merge_first, family, components)
+        merge_first(wanted.merge_first, family, components, names)
         advance(1, "")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     guides = Guides(
@@ -202,15 +202,6 @@ def _adapter_path(path: Path) -> Path:
     return path
 
 
-def _read(path: Path, base: Path | None) -> AdapterFile:
-    own = path.is_file() and path.suffix == ".safetensors" and HEADER_KEY in safetensors_metadata(path)
-    return AdapterFile.read(path) if own else to_file(read_adapter(path, base))
-
-
-def _digest_of(path: Path) -> str:
-    return sha256_file(path / "adapter_model.safetensors" if path.is_dir() else path)
-
-
 def _controlnet(name: str, dtype: torch.dtype) -> nn.Module:
     try:
         loaded: nn.Module = diffusers.AutoModel.from_pretrained(name, torch_dtype=dtype, use_safetensors=True)
@@ -223,8 +214,11 @@ def _controlnet(name: str, dtype: torch.dtype) -> nn.Module:
 
 
 def _weights_digest(module: nn.Module) -> str:
-    total = torch.stack([p.detach().double().sum() for p in module.parameters()])
-    return f"sums {total.sum().item():.12e} {total.abs().sum().item():.12e}"
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
 
 
 def _warn_of_triggers(adapters: list[tuple[AdapterFile, UsedAdapter]], wanted: Wanted, reporter: Reporter) -> None:

@@ -18,7 +18,7 @@ OTHERS = sorted([*ROOT.glob("recipes/**/*.py"), *ROOT.glob("benchmarks/**/*.py")
 
 LAYERS = {
     "finetune.errors": 0, "finetune.rng": 0, "finetune.config": 0, "finetune.storage": 0, "finetune.tracking": 0,
-    "finetune.run_files": 0, "finetune.show": 0,
+    "finetune.run_files": 0, "finetune.show": 0, "finetune.weighted": 0,
     "data_tools": 1, "the drawn world": 1, "finetune": 1, "finetune.console": 1,
     "finetune.families": 2, "finetune.objectives": 2, "finetune.adapters": 2,
     "finetune.interchange": 2.5, "finetune.sampling": 3,

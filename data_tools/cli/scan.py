@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from PIL import ImageColor
 from rich.console import Console
 
 from data_tools import manifest
 from data_tools.captioners import AUTO, CAPTIONERS
 from data_tools.cli.app import AsJson, Background, Folder, Strict, Template, Workers, app
+from data_tools.cli.examining import color
 from data_tools.cli.printing import (
     add_row,
     conclude,
@@ -97,7 +97,7 @@ def scan(  # noqa: PLR0913
       accelerate launch --num_processes 4 -m data_tools scan photos --write
     """
     console = Console()
-    looking = Looking(_color(background), workers)
+    looking = Looking(color(background), workers)
     memory = _memory(folder, looking.background, fresh)
     if memory is not None and memory.share.rank:
         inspect_share(list_folder(folder), replace(looking, memory=memory))
@@ -143,14 +143,6 @@ def _memory(folder: Path, background: Color, fresh: bool) -> Memory | None:
 def _say(console: Console, text: str, as_json: bool) -> None:
     if not as_json:
         say(console, text)
-
-
-def _color(text: str) -> Color:
-    try:
-        red, green, blue = ImageColor.getrgb(text)[:3]
-    except ValueError as error:
-        raise UsageError(f"--background {text!r} is no colour; write white, black or #rrggbb.") from error
-    return red, green, blue
 
 
 def _print_pictures(console: Console, records: list[ImageRecord]) -> None:

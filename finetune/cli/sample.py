@@ -12,6 +12,7 @@ from finetune.cli.app import app
 from finetune.console import ConsoleReporter
 from finetune.errors import ConfigError
 from finetune.run_files import checked
+from finetune.weighted import parse_weighted
 
 START, ADAPTERS, LOOK, STEER = "What to draw with", "Adapters", "The picture", "Pictures that steer"
 
@@ -113,7 +114,7 @@ def sample(  # noqa: PLR0913, PLR0917 - what the user chooses, one option each
     model, own, merged = finetune.model_of(base, run)
     chosen = {"dtype": dtype or None, "clip_skip": clip_skip, "prompt_chunks": chunks if chunks > 1 else None}
     model = checked(type(model), model.model_dump() | {k: v for k, v in chosen.items() if v is not None})
-    adapters = [(path, 1.0) for path in own] + [_weighted(text) for text in adapter or ()]
+    adapters = [(path, 1.0) for path in own] + [parse_weighted(text) for text in adapter or ()]
     if again is not None:
         shot = finetune.shot_of(again)
         if not base and run is None:
@@ -136,14 +137,6 @@ def sample(  # noqa: PLR0913, PLR0917 - what the user chooses, one option each
     made = finetune.sample(model, wanted, output, reporter)
     sheet = [("Sheet", str(output / "sheet.png"))] if len(made) > 1 else []
     reporter.table("Done", [*(("Picture", str(path)) for path in made[:12]), *sheet])
-
-
-def _weighted(text: str) -> tuple[Path, float]:
-    """ "cat.safetensors@0.8" as a path and a strength; without @ it is 1."""
-    name, at, number = text.rpartition("@")
-    if not at or Path(text).exists():
-        return Path(text), 1.0
-    return Path(name), _number(number, f"--adapter {text}")
 
 
 def _numbers(text: str) -> tuple[float, ...]:

@@ -73,9 +73,9 @@ class AdapterConfig(NetworkAdapterConfig):
     """What is trained, and how large it is."""
 
     start_from: Path | None = None
-    """An adapter file to go on from: the same layers and ranks as this run's."""
+    """An adapter to go on from, of any layout `finetune inspect` reads: the same layers and ranks as this run's."""
     merge_first: tuple[str, ...] = ()
-    """Adapter files merged into the base before training, each as path or path@weight."""
+    """Adapters of any layout merged into the base before training, each as path or path@weight."""
 
 
 class TextAdapterConfig(NetworkAdapterConfig):

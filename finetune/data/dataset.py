@@ -224,17 +224,20 @@ def _trigger_problems(pictures: Sequence[Picture], rules: CaptionRules, variants
 
 def long_captions(pictures: Sequence[Picture], tokenizers: dict[str, Any], room: dict[str, int]) -> list[str]:
     """A line for every caption of which a text encoder would not see the end; `room` is how many tokens each reads."""
-    lines = []
-    for picture in pictures:
-        for caption in picture.captions:
-            for name, tokenizer in tokenizers.items():
-                count = len(tokenizer(caption).input_ids)
-                if count > room[name]:
-                    lines.append(
-                        f"{picture.path.name}: the caption has {count} tokens, {name} reads {room[name]}; the last "
-                        f"{count - room[name]} have no effect"
-                    )
-    return lines
+    captions = list(dict.fromkeys(caption for picture in pictures for caption in picture.captions))
+    counts = {
+        name: dict(zip(captions, map(len, tokenizer(captions, verbose=False).input_ids), strict=True))
+        for name, tokenizer in tokenizers.items()
+        if captions
+    }
+    return [
+        f"{picture.path.name}: the caption has {count[caption]} tokens, {name} reads {room[name]}; the last "
+        f"{count[caption] - room[name]} have no effect"
+        for picture in pictures
+        for caption in picture.captions
+        for name, count in counts.items()
+        if count[caption] > room[name]
+    ]
 
 
 def bucket_counts(pictures: Sequence[Picture]) -> list[tuple[tuple[int, int], int, float]]:

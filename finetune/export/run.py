@@ -17,6 +17,7 @@ from finetune.export import Exported, export
 from finetune.export.job import Papers
 from finetune.export.sidecars import thumbnail, write_sidecars
 from finetune.families import load_model
+from finetune.families.folders import names_folder
 from finetune.run_files import dump_run
 from finetune.sampling.merging import merge_first
 from finetune.storage import read_json
@@ -49,7 +50,7 @@ def export_run(
     # keep: deltas are computed and compared in fp32; what is written is cast once, at the end.
     family, components = load_model(run.model, torch.float32, whole=True)
     if run.adapter is not None:
-        merge_first(run.adapter.merge_first, family, components)
+        merge_first(run.adapter.merge_first, family, components, names_folder(run.model.base))
     if file.header.base_digest != components.digest:
         raise CheckpointError(
             f"{path} was trained on the base {file.header.base} with digest {file.header.base_digest[:12]}; "

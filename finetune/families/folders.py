@@ -17,7 +17,7 @@ from finetune.demo import BASE_DIR
 from finetune.errors import ConfigError, UnsafeError
 from finetune.families.base import ModelFamily
 from finetune.families.choices import Choices
-from finetune.families.detect import INPAINTING
+from finetune.families.detect import other_inputs
 from finetune.families.parts import PICKLED, Loaded, replaced_configs, replaced_digests, replacements
 from finetune.families.said import Said, settled
 from finetune.families.skeleton import of_folder
@@ -25,6 +25,12 @@ from finetune.storage import sha256_file
 
 DEMO = "demo"
 """The name of the embedded base model."""
+
+
+def names_folder(base: str) -> Path | None:
+    """The folder whose configurations name a base's layers, if it is on this disk under that name; never fetched."""
+    folder = BASE_DIR if base == DEMO else Path(base).expanduser()
+    return folder if folder.is_dir() else None
 
 
 def local_folder(base: str, revision: str | None, variant: str | None) -> Path:
@@ -92,7 +98,7 @@ def load(
         given["safety_checker"] = None
     _quiet()
     try:
-        pipeline: Any = getattr(diffusers, family.pipeline_class).from_pretrained(
+        pipeline: Any = getattr(diffusers, family.pipeline_for(configs[family.denoiser])).from_pretrained(
             folder, dtype=dtypes, variant=variant, use_safetensors=True, local_files_only=True, **given
         )
     except (OSError, ValueError, SafetensorError) as error:
@@ -128,20 +134,16 @@ def load(
 def detect(families: Mapping[str, ModelFamily], folder: Path, base: str) -> ModelFamily:
     """The family that recognises the pipeline folder, judged from its configuration files alone."""
     found = index(folder)
-    inputs = 0
+    unet: dict[str, Any] = {}
     for family in families.values():
         config_file = folder / family.denoiser / "config.json"
         if config_file.is_file():
             config = json.loads(config_file.read_text())
             if family.matches(found, config):
                 return family
-            inputs = config.get("in_channels") or 0
-    if inputs in INPAINTING:
-        raise ConfigError(
-            f"model.base={base} is {INPAINTING[inputs]}: its denoiser reads {inputs} channels instead of 4. Training "
-            "those needs a mask or picture per sample, which is not offered; train on the text-to-image base and use "
-            "the adapter there."
-        )
+            unet = config if family.denoiser == "unet" else unet
+    if unet.get("in_channels") != unet.get("out_channels"):
+        raise ConfigError(f"model.base={base} {other_inputs(unet['in_channels'], unet['out_channels'])}")
     raise ConfigError(
         f"model.base={base} is a {found.get('_class_name')}, which no family here can train; "
         f"known families: {', '.join(families)}."

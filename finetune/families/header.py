@@ -61,10 +61,6 @@ class Header:
         entry = self.entries.get(name)
         return entry.shape if entry else None
 
-    def under(self, prefix: str) -> dict[str, Entry]:
-        """The tensors below a prefix, without it."""
-        return {name[len(prefix) :]: entry for name, entry in self.entries.items() if name.startswith(prefix)}
-
 
 def read_header(path: Path) -> Header:
     """Read and check the header: every tensor lies inside the file, none overlaps, no name stands twice.

@@ -10,11 +10,12 @@ from finetune.errors import ConfigError
 from finetune.interchange.conversion import Conversion, check_choice, write
 from finetune.interchange.into_base import IntoBase, merge_into
 from finetune.interchange.lowrank import RankRule, energy, fixed, frobenius, ratio
-from finetune.interchange.merging import MERGES, Merged, Settings, merge, parse_weighted
+from finetune.interchange.merging import MERGES, Merged, Settings, Weighted, merge
 from finetune.interchange.names import table_of
 from finetune.interchange.reading import read_adapter
 from finetune.interchange.resizing import Extraction, Resized, extract, resize
 from finetune.tracking import Reporter
+from finetune.weighted import parse_weighted
 
 LARGEST_RANK = 4096
 RULES = {"energy": energy, "frobenius": frobenius, "ratio": ratio}
@@ -41,8 +42,9 @@ def merge_adapters(
         ConfigError, InterchangeError: see `merging.merge` and `conversion.write`.
     """
     how, chosen = _settings(settings)
-    _check_output(output, [Path(text.rpartition("@")[0] or text) for text in adapters])
-    weighted = [parse_weighted(text, base) for text in adapters]
+    named = [parse_weighted(text) for text in adapters]
+    _check_output(output, [path for path, _ in named])
+    weighted = [Weighted(path, weight, read_adapter(path, base)) for path, weight in named]
     merged = merge(weighted, how, chosen, reporter or Reporter())
     return merged, write(merged.adapter, output, to=to, dtype=dtype, base=base)
 
@@ -64,7 +66,7 @@ def merge_into_base(
     """
     how, chosen = _settings(settings)
     table = into if into.is_dir() else base
-    weighted = [parse_weighted(text, table) for text in adapters]
+    weighted = [Weighted(path, weight, read_adapter(path, table)) for path, weight in map(parse_weighted, adapters)]
     names = None if into.is_dir() else table_of(base)
     return merge_into(weighted, into, output, how, chosen, reporter or Reporter(), force=force, names=names)
 

@@ -172,14 +172,15 @@ def open_tensors(header: Header) -> Iterator[Tensors]:
                 view = memoryview(b"")
 
 
-def hash_bytes(header: Header, *, whole: bool) -> str:
-    """SHA-256 of the file, or of the tensors without their header; 64 hex digits."""
-    digest = hashlib.sha256()
+def hash_bytes(header: Header) -> tuple[str, str]:
+    """SHA-256 of the file and of the tensors without their header, 64 hex digits each, in one pass."""
+    whole, body = hashlib.sha256(), hashlib.sha256()
     with open(header.path, "rb") as stream:
-        stream.seek(0 if whole else header.offset)
+        whole.update(stream.read(header.offset))
         while chunk := stream.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
+            whole.update(chunk)
+            body.update(chunk)
+    return whole.hexdigest(), body.hexdigest()
 
 
 def clean(text: object, longest: int = 400) -> str:

@@ -301,8 +301,8 @@ def _hashes(header: Header, wanted: bool, prefix: str) -> dict[str, str]:
     """Hashes of the bytes, and whether the ones the file itself states are right."""
     if header.size > HASHED_BELOW and not wanted:
         return {}
-    body = hash_bytes(header, whole=False)
-    found = {"sha256": hash_bytes(header, whole=True), "sshs_model_hash": body, "modelspec.hash_sha256": f"0x{body}"}
+    whole, body = hash_bytes(header)
+    found = {"sha256": whole, "sshs_model_hash": body, "modelspec.hash_sha256": f"0x{body}"}
     with open(header.path, "rb") as stream:
         stream.seek(LEGACY_SPAN[0])
         if legacy := stream.read(LEGACY_SPAN[1]):

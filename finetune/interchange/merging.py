@@ -13,7 +13,7 @@ from finetune.errors import ConfigError
 from finetune.interchange.adapter import Adapter, InterchangeError, Place, Update
 from finetune.interchange.losses import LOSSES, NOTABLE, Meter, noted
 from finetune.interchange.lowrank import distance, factors_of, of_dense, of_factors
-from finetune.interchange.reading import read_adapter, shortened
+from finetune.interchange.reading import shortened
 from finetune.rng import rng
 from finetune.tracking import Reporter
 
@@ -154,7 +154,7 @@ class Merged:
     """An adapter made of several.
 
     Attributes:
-        distance: |merged - exact weighted sum| / |exact sum| over all layers; None where it was not asked for.
+        distance: |merged - exact weighted sum| / |exact sum| over all layers.
     """
 
     adapter: Adapter
@@ -181,7 +181,10 @@ def merge(adapters: Sequence[Weighted], how: str, settings: Settings, reporter: 
                 Part(item.adapter.updates[place], item.weight) for item in adapters if place in item.adapter.updates
             ]
             result[place] = MERGES[how](parts, settings, place)
-            exact = concat(parts, settings, place) if _low_rank(parts) else Update("diff", {"diff": dense_sum(parts)})
+            if not _low_rank(parts):
+                exact = Update("diff", {"diff": dense_sum(parts)})
+            else:
+                exact = result[place] if MERGES[how] is concat else concat(parts, settings, place)
             meter.add(place, *distance(exact, result[place]))
             advance(number + 1, "")
     merged = adapters[0].adapter.with_updates(result)
@@ -192,23 +195,6 @@ def merge(adapters: Sequence[Weighted], how: str, settings: Settings, reporter: 
     if loss.total > NOTABLE:
         merged.metadata[LOSSES] = noted("", [loss])
     return Merged(merged, loss.total)
-
-
-def parse_weighted(text: str, base: Path | None = None) -> Weighted:
-    """ "cat.safetensors@0.8" as an adapter and its weight; without @ the weight is 1.
-
-    Raises:
-        ConfigError: if the weight is no number.
-    """
-    name, at, number = text.rpartition("@")
-    path, weight = (Path(name), number) if at and not Path(text).exists() else (Path(text), "1")
-    try:
-        value = float(weight)
-    except ValueError:
-        value = float("nan")
-    if not abs(value) < float("inf"):
-        raise ConfigError(f"{text} has the weight {weight!r}.", ["write a number behind the @: cat.safetensors@0.8."])
-    return Weighted(path, value, read_adapter(path, base))
 
 
 def check_same_base(adapters: Sequence[Weighted]) -> None:

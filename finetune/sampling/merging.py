@@ -8,34 +8,50 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from finetune.adapters import AdapterFile, merged_bias, merged_weight
+from finetune.adapters.files import ADAPTER_FILE, HEADER_KEY
 from finetune.errors import CheckpointError, ConfigError
 from finetune.families.base import Components, ModelFamily
-from finetune.families.text import installed_name
-from finetune.storage import sha256_file
+from finetune.interchange import reading as interchange
+from finetune.interchange.writing import to_file
+from finetune.sampling.apply import adapter_targets
+from finetune.storage import safetensors_metadata, sha256_file
+from finetune.weighted import parse_weighted
 
-SHOWN = 8
-"""At most so many misfits are listed."""
 
+def read_adapter(path: Path, base: Path | None = None) -> AdapterFile:
+    """An adapter to draw with, to go on from or to merge, of any layout that is read here.
 
-def read_adapter(path: Path) -> AdapterFile:
-    """An adapter to go on from or to merge; the one place that decides which layouts are read.
+    Args:
+        path: a .safetensors file, a PEFT folder or a run folder.
+        base: the base's pipeline folder, which names the layers of a base of no published size.
 
     Raises:
-        CheckpointError: if it is missing, damaged or of a layout that is not read here.
+        UserError: if it is missing, damaged or of a layout that is not read here.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path} is no file.", ["name the adapter.safetensors of a run."])
-    return AdapterFile.read(path)
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist.", ["name a .safetensors file, a PEFT folder or a run folder."])
+    file = path / ADAPTER_FILE if (path / ADAPTER_FILE).is_file() else path
+    if file.is_file() and HEADER_KEY in safetensors_metadata(file):
+        return AdapterFile.read(file)
+    return to_file(interchange.read_adapter(file, base))
 
 
-def merge_first(entries: Sequence[str], family: ModelFamily, components: Components) -> list[dict[str, Any]]:
+def adapter_digest(path: Path) -> str:
+    """SHA-256 of the file that `read_adapter` reads the weights from, 64 hex digits."""
+    inside = (path / name for name in (ADAPTER_FILE, "adapter_model.safetensors"))
+    return sha256_file(next((file for file in inside if file.is_file()), path))
+
+
+def merge_first(
+    entries: Sequence[str], family: ModelFamily, components: Components, base: Path | None = None
+) -> list[dict[str, Any]]:
     """Merge adapter files into the live base, one after the other, and make its digests say so.
 
     Args:
         entries: path or path@weight; the weight multiplies what the adapter changes, 1 if left out.
+        base: the base's pipeline folder; see `read_adapter`.
 
     Returns:
         what was merged: name, SHA-256 and weight of each file.
@@ -47,13 +63,13 @@ def merge_first(entries: Sequence[str], family: ModelFamily, components: Compone
     merged = []
     for entry in entries:
         path, weight = parse_weighted(entry)
-        file, digest = read_adapter(path), sha256_file(path)
+        file, digest = read_adapter(path, base), adapter_digest(path)
         if file.header.tokens:
             raise ConfigError(
                 f"adapter.merge_first: {path.name} holds learned words ({', '.join(file.header.tokens)}), which no "
                 "weight of the base can take in; learn them again with tokens."
             )
-        for component in _merge(file, weight, path.name, family, components):
+        for component in _merge(file, weight, family, components):
             key = "denoiser" if component == family.denoiser else component
             changed = f"{components.digests.get(key, '')} {digest} {weight!r}"
             components.digests[key] = hashlib.sha256(changed.encode()).hexdigest()
@@ -62,52 +78,17 @@ def merge_first(entries: Sequence[str], family: ModelFamily, components: Compone
     return merged
 
 
-def parse_weighted(entry: str) -> tuple[Path, float]:
-    """(path, weight) of "path" or "path@weight".
-
-    Raises:
-        ConfigError: if what follows the last @ is no number and there is no such file either.
-    """
-    head, at, tail = entry.rpartition("@")
-    if not at or Path(entry).expanduser().exists():
-        return Path(entry).expanduser(), 1.0
-    try:
-        return Path(head).expanduser(), float(tail)
-    except ValueError:
-        raise ConfigError(f"adapter.merge_first: {entry!r} is not path@weight; {tail!r} is no number.") from None
-
-
 @torch.no_grad()
-def _merge(file: AdapterFile, strength: float, label: str, family: ModelFamily, components: Components) -> list[str]:
+def _merge(file: AdapterFile, strength: float, family: ModelFamily, components: Components) -> list[str]:
     """Change the live weights, computed in fp32 and rounded once; the components that were changed."""
-    layers = {place: _layer(place, family, components) for place in file.layers()}
-    missing = [f"{'.'.join(place)}: the base has no such layer" for place, layer in layers.items() if layer is None]
-    if missing:
-        raise CheckpointError(
-            f"{label} does not fit the base {components.source!r}, but was made on {file.header.base!r}:",
-            missing[:SHOWN],
-        )
+    layers = adapter_targets(family, components, file)
     for (component, name), tensors in file.layers().items():
         layer: Any = layers[component, name]
         method, scale = file.header.method[component], file.scale(component, name)
         weight, bias = layer.weight, getattr(layer, "bias", None)
-        try:
-            new = merged_weight(method, tensors, weight, scale, file.header.options)
-        except RuntimeError as error:
-            raise CheckpointError(f"{label} does not fit the base:", [f"{component}.{name}: {error}"]) from error
+        new = merged_weight(method, tensors, weight, scale, file.header.options)
         weight.copy_(weight.float() + strength * (new - weight.float()))
         new_bias = merged_bias(method, tensors, bias)
         if bias is not None and new_bias is not None:
             bias.copy_(bias.float() + strength * (new_bias - bias.float()))
     return file.components()
-
-
-def _layer(place: tuple[str, str], family: ModelFamily, components: Components) -> nn.Module | None:
-    component, name = place
-    network = components.denoiser if component == family.denoiser else components.text_encoders.get(component)
-    if network is None:
-        return None
-    try:
-        return network.get_submodule(installed_name(network, component, name))
-    except AttributeError:
-        return None

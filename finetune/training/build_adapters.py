@@ -24,6 +24,7 @@ from finetune.adapters import (
 from finetune.config import EncoderConfig, NetworkAdapterConfig, Run, TextAdapterConfig, TokensConfig
 from finetune.errors import ConfigError, nearest
 from finetune.families import Components, ModelFamily
+from finetune.families.folders import names_folder
 from finetune.families.text import canonical
 from finetune.sampling.merging import merge_first
 from finetune.training.start_from import begin_from
@@ -39,7 +40,8 @@ def build_adapters(run: Run, family: ModelFamily, components: Components, *, fre
         ConfigError: for every layer, word or setting that does not fit the base, all at once.
         CheckpointError: if a file to merge or to start from is damaged or does not fit.
     """
-    merged = merge_first(run.adapter.merge_first, family, components) if run.adapter else []
+    names = names_folder(run.model.base)
+    merged = merge_first(run.adapter.merge_first, family, components, names) if run.adapter else []
     rate = run.optimizer.learning_rate
     targets, problems = build_targets(run.adapter, run.text_encoder_adapter, rate, family, components)
     words: list[WordTarget] = []
@@ -50,7 +52,7 @@ def build_adapters(run: Run, family: ModelFamily, components: Components, *, fre
         raise ConfigError("The adapter cannot be attached:", problems)
     adapters = attach(targets, run.train.seed, words, {"merged_first": merged} if merged else {})
     if fresh and run.adapter and run.adapter.start_from is not None:
-        begin_from(run.adapter.start_from, adapters)
+        begin_from(run.adapter.start_from, adapters, names)
     return adapters
 
 

@@ -68,7 +68,7 @@ def find(run: Run, how: Resume) -> Found | None:
     return found
 
 
-def story(found: Found, run: Run) -> list[str]:
+def story(found: Found) -> list[str]:
     """What is wrong with newer checkpoints, and how much has to be done again."""
     if not found.skipped:
         return []
@@ -95,12 +95,16 @@ def restore(found: Found, loop: Loop, how: Resume) -> None:
     if loop.accelerator.scaler is not None:
         loop.accelerator.scaler.load_state_dict(found.documents["scaler"])
     loop.history.load(found.documents.get("validation", {}), found.state.step)
+    loop.meter.load(found.documents.get("meter", {}))
     loop.state = found.state
 
 
 def _check(found: Found, loop: Loop, how: Resume) -> None:
     documents = loop.documents
     changes = dataset_changes(found.documents["dataset"], documents["dataset"])
+    if "held_out" in found.documents:
+        held_out = dataset_changes(found.documents["held_out"], documents["held_out"])
+        changes += [f"held out: {line}" for line in held_out]
     if changes and how.accept_data_change:
         loop.reporter.warn(f"The pictures have changed, as accepted: {'; '.join(changes)}")
         changes = []

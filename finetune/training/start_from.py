@@ -12,13 +12,16 @@ SHOWN = 8
 """At most so many misfits are listed."""
 
 
-def begin_from(path: Path, adapters: AdapterSet) -> None:
-    """Give the run's adapters the tensors of a file.
+def begin_from(path: Path, adapters: AdapterSet, base: Path | None = None) -> None:
+    """Give the run's adapters the tensors of a file of any layout.
+
+    Args:
+        base: the base's pipeline folder; see `read_adapter`.
 
     Raises:
         CheckpointError: if the file's layers, methods, ranks or strengths are not this run's, listing each.
     """
-    file = read_adapter(path)
+    file = read_adapter(path, base)
     own = adapters.to_file(
         adapters.state(), family=file.header.family, base="", base_digest="", trigger_words=(), run_digest="", step=0
     )

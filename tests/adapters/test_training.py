@@ -13,6 +13,7 @@ from finetune import make_run, train
 from finetune.adapters import METHODS, AdapterFile
 from finetune.demo.scenes import Scene, draw
 from finetune.errors import CheckpointError, ConfigError
+from finetune.interchange.conversion import convert_adapter
 from finetune.run_files import dump_run
 from tests.conftest import command
 
@@ -134,6 +135,23 @@ def test_it_goes_on_from_a_file_and_on_top_of_merged_ones(small, tmp_path):
     with pytest.raises(CheckpointError, match="merge_first"):
         other = {"rank": 4, "merge_first": [str(path)]}
         train(make_run(small | {"adapter": other, "output_dir": str(tmp_path / "third")}))
+
+
+def test_it_goes_on_from_and_merges_files_of_other_programs(small, tmp_path):
+    """Most adapters that people have are kohya files; the same tensors must come out of one."""
+    small |= {"text_encoder_adapter": None, "train": small["train"] | {"steps": 2}}
+    first = train(make_run(small | {"output_dir": str(tmp_path / "first")})).adapter
+    kohya = tmp_path / "kohya.safetensors"
+    base = Path(small["model"]["base"])
+    convert_adapter(tmp_path / "first" / "adapter.safetensors", kohya, to="kohya", dtype="fp32", base=base)
+    still = {"name": "adamw", "learning_rate": 1e-12, "weight_decay": 0.0}
+    again = {"rank": 4, "start_from": str(kohya)}
+    second = train(make_run(small | {"adapter": again, "optimizer": still, "output_dir": str(tmp_path / "second")}))
+    for name, tensor in first.tensors.items():
+        torch.testing.assert_close(second.adapter.tensors[name], tensor, rtol=0, atol=1e-6)
+    on_top = {"rank": 4, "merge_first": [f"{kohya}@0.5"]}
+    third = train(make_run(small | {"adapter": on_top, "output_dir": str(tmp_path / "third")}))
+    assert third.adapter.header.options["merged_first"][0]["file"] == "kohya.safetensors"
 
 
 @pytest.mark.parametrize(
