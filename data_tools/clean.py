@@ -17,11 +17,12 @@ from data_tools import manifest, scan
 from data_tools.captioners import AUTO
 from data_tools.dedupe import Copy, find_copies, find_shared
 from data_tools.errors import UsageError
-from data_tools.folder import order
+from data_tools.folder import list_folder, order
 from data_tools.images import WHITE, Color
-from data_tools.inspection import Progress
+from data_tools.inspection import Looking, Progress, inspect_share
 from data_tools.measuring import measure_all
-from data_tools.memory import Memory
+from data_tools.memory import remembering
+from data_tools.processes import ALONE, Share
 from data_tools.quality import Measures
 from data_tools.records import ImageRecord, Verdict
 from data_tools.rules import RULES, Rule
@@ -30,6 +31,8 @@ from data_tools.verdicts import BETWEEN, REASONS, SUGGESTED, VERDICT, WORDS
 
 Stage = Callable[[str], Progress | None]
 """From the name of a task to what shows its progress."""
+Score = Callable[[Path, Sequence[ImageRecord]], Sequence[Mapping[str, float]]]
+"""Asks models for numbers about every picture of a folder, by name."""
 
 
 @dataclass(frozen=True)
@@ -84,17 +87,13 @@ class Options:
     workers: int | None = None
     against: tuple[Path, ...] = ()
     """Folders whose pictures must not appear in this one, such as the validation set."""
-    memory: Memory | None = None
-    """Of earlier scans."""
+    share: Share = ALONE
+    """Which of several processes this is."""
     stage: Stage = lambda title: None
     """Asked at the start of each long task."""
 
 
-def examine(
-    folder: Path,
-    options: Options,
-    score: Callable[[Path, Sequence[ImageRecord]], Sequence[Mapping[str, float]]] | None = None,
-) -> Cleaning:
+def examine(folder: Path, options: Options, score: Score | None = None) -> Cleaning:
     """Scan a folder, measure its pictures and judge them; nothing is written.
 
     Pictures without a caption are judged as well.
@@ -108,24 +107,19 @@ def examine(
     Raises:
         UsageError, DataToolsError: see `scan.scan`; and a manifest that cannot be read.
     """
-    found = scan.scan(
-        folder,
-        captions=options.captions,
-        template=options.template,
-        background=options.background,
-        workers=options.workers,
-        progress=options.stage("looking at pictures"),
-        memory=options.memory,
-    )
+    with remembering(folder, options.background, options.share) as memory:
+        found = scan.scan(
+            folder,
+            captions=options.captions,
+            template=options.template,
+            background=options.background,
+            workers=options.workers,
+            progress=options.stage("looking at pictures"),
+            memory=memory,
+        )
     by_name = {record.file_name: record for record in (*found.records, *found.uncaptioned)}
     records = [by_name[name] for name in order(by_name)]
-    measures = measure_all(
-        found.folder,
-        records,
-        background=options.background,
-        workers=options.workers,
-        progress=options.stage("measuring"),
-    )
+    measures = _measured(found.folder, records, options)
     rows = manifest.read_columns(found.folder)
     scores = [_stored_scores(rows.get(record.file_name, {}), record, options.rules) for record in records]
     if score is not None:
@@ -137,6 +131,29 @@ def examine(
     shared = _shared(records, measures, options)
     judged = judge(records, measures, rules, decided=decided, scores=scores, shared=shared)
     return Cleaning(found, judged, rules)
+
+
+def assist(folder: Path, options: Options, score: Score | None = None) -> None:
+    """What `examine` asks of a process that is not the first: its share, left in the memories for the first one."""
+    for place in (folder, *options.against):
+        listing = list_folder(place)
+        with remembering(place, options.background, options.share) as memory:
+            seen = inspect_share(listing, Looking(options.background, options.workers, memory=memory))
+        records = list(seen.records.values())
+        _measured(listing.root, records, options)
+        if score is not None and place == folder:
+            score(listing.root, records)
+
+
+def _measured(root: Path, records: Sequence[ImageRecord], options: Options) -> list[Measures]:
+    return measure_all(
+        root,
+        records,
+        background=options.background,
+        workers=options.workers,
+        progress=options.stage("measuring"),
+        share=options.share,
+    )
 
 
 def _stored_scores(
@@ -163,9 +180,13 @@ def _shared(
     rule = options.rules["leak"]
     found: dict[int, str] = {}
     for folder in options.against if rule.verdict != "keep" else ():
-        theirs = scan.inspect(folder, background=options.background, workers=options.workers)
+        progress = options.stage(f"looking at {folder.name}")
+        with remembering(folder, options.background, options.share) as memory:
+            theirs = scan.inspect(
+                folder, background=options.background, workers=options.workers, progress=progress, memory=memory
+            )
         theirs.raise_for_errors()
-        others = measure_all(theirs.folder, theirs.records, background=options.background, workers=options.workers)
+        others = _measured(theirs.folder, theirs.records, options)
         for copy in find_shared(records, measures, theirs.records, others, int(rule.limit)):
             name = f"{folder.name}/{theirs.records[copy.of].file_name}"
             found.setdefault(copy.index, _likeness(copy, name, rule.limit))
@@ -286,12 +307,7 @@ def write(cleaning: Cleaning) -> Path:
         DataToolsError: the folder has errors, so that it has no whole manifest; or it cannot be written.
     """
     cleaning.scan.raise_for_errors()
-    rows = manifest.read_columns(cleaning.scan.folder)
-    columns = {}
-    for each in cleaning.judged:
-        # keep: where a caption first came from; read again, it comes from the manifest itself.
-        source = rows.get(each.record.file_name, {}).get("source") or each.record.source
-        columns[each.record.file_name] = {"source": source, **_columns(each)}
+    columns = {each.record.file_name: _columns(each) for each in cleaning.judged}
     return manifest.write(cleaning.scan.folder, [each.record for each in cleaning.judged], columns)
 
 

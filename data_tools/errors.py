@@ -44,7 +44,11 @@ class RefusedError(Exception):
 
     def __init__(self, what: str, why: str, remedy: str, code: int = DATA) -> None:
         self.what, self.why, self.remedy, self.code = what, why, remedy, code
-        super().__init__(f"{what}; {why}; {remedy}")
+        # keep: all of them, because an exception that comes from a worker process is made again from its arguments.
+        super().__init__(what, why, remedy, code)
+
+    def __str__(self) -> str:
+        return f"{self.what}; {self.why}; {self.remedy}"
 
     def problem(self, file_name: str, severity: Severity = "error") -> Problem:
         """The same words about the file called `file_name`."""

@@ -12,7 +12,7 @@ from PIL import Image
 from data_tools.errors import DataToolsError, Problem, RefusedError, grouped
 from data_tools.files import read_regular
 from data_tools.images import MAX_FILE_BYTES, decode
-from data_tools.measuring import in_threads
+from data_tools.pool import death, in_workers
 from data_tools.quality import reduced
 from data_tools.records import ImageRecord
 
@@ -46,7 +46,9 @@ def focus_on_masks(root: Path, records: Sequence[ImageRecord], workers: int | No
             return refusal.problem(record.mask_file)
         return replace(record, focus=mask_focus(mask))
 
-    results = list(in_threads(work, records, workers))
+    results = list(
+        in_workers(work, records, workers, lambda record, code: death(record.mask_file or record.file_name, code))
+    )
     problems = [result for result in results if isinstance(result, Problem)]
     if problems:
         raise DataToolsError("These masks cannot be used:", grouped(problems))

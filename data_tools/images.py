@@ -103,31 +103,43 @@ def decode(data: bytes, background: Color = WHITE, *, shrink: float = 1.0) -> tu
     Raises:
         RefusedError: not a picture, damaged, too large, or pixel values without a known white level.
     """
-    if not data:
-        raise RefusedError("is empty (0 bytes)", "there is no picture in it", REPLACE)
     image = _open(data)
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise _too_large(f"is {width} x {height} pixels")
     notes: list[str] = []
     try:
         if shrink >= 2:
-            image.draft(None, (int(width / shrink), int(height / shrink)))
+            image.draft(None, (int(image.width / shrink), int(image.height / shrink)))
         return _upright_rgb(image, background, notes), tuple(notes)
     except RefusedError:
         raise
     except Exception as error:  # hostile bytes make decoders raise nearly anything
-        what = "is truncated" if "truncated" in str(error).lower() else "is damaged"
-        raise RefusedError(
-            f"{what} ({type(error).__name__}: {error})", "parts of the picture would be missing", REPLACE
-        ) from error
+        raise _damaged(error) from error
+
+
+def opacity(data: bytes) -> Image.Image:
+    """How opaque each pixel of a picture file is, upright, mode L; 255 everywhere without transparency.
+
+    Raises:
+        RefusedError: as `decode` does.
+    """
+    image = _open(data)
+    try:
+        image.load()
+        left = _orientation(image, [])
+        alpha = _split_alpha(image)[1] or Image.new("L", image.size, 255)
+    except RefusedError:
+        raise
+    except Exception as error:  # hostile bytes make decoders raise nearly anything
+        raise _damaged(error) from error
+    return alpha.transpose(UPRIGHT[left][0]) if left in UPRIGHT else alpha
 
 
 def _open(data: bytes) -> Image.Image:
     """Read the header only."""
+    if not data:
+        raise RefusedError("is empty (0 bytes)", "there is no picture in it", REPLACE)
     Image.init()
     try:
-        return Image.open(BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
+        image = Image.open(BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(f"is a decompression bomb ({error})") from error
     except UnidentifiedImageError as error:
@@ -142,6 +154,14 @@ def _open(data: bytes) -> Image.Image:
         raise RefusedError(
             f"has a damaged header ({type(error).__name__}: {error})", "its size is unknown", REPLACE
         ) from error
+    if image.width * image.height > MAX_PIXELS:
+        raise _too_large(f"is {image.width} x {image.height} pixels")
+    return image
+
+
+def _damaged(error: Exception) -> RefusedError:
+    what = "is truncated" if "truncated" in str(error).lower() else "is damaged"
+    return RefusedError(f"{what} ({type(error).__name__}: {error})", "parts of the picture would be missing", REPLACE)
 
 
 def _too_large(what: str) -> RefusedError:

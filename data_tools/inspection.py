@@ -1,12 +1,11 @@
-"""Looking at every picture of a folder: in threads, in several processes, and only once while it stays the same."""
+"""Looking at every picture of a folder: on all cores, in several processes, and only once while it stays the same."""
 
 from __future__ import annotations
 
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,16 +15,14 @@ from data_tools.files import read_regular
 from data_tools.fingerprints import phash, pixel_sha256, sha256
 from data_tools.folder import Listing
 from data_tools.images import MAX_FILE_BYTES, MIN_SIDE, WHITE, Color, decode
-from data_tools.memory import Memory, Outcome
+from data_tools.memory import Entry, Memory, Outcome
+from data_tools.pool import death, in_workers
+from data_tools.processes import wait_for_others
 from data_tools.records import ImageRecord
 
 Progress = Callable[[int, int], None]
 MAX_ASPECT = 4.0
 """Long side over short side; above this most buckets crop much of the picture away."""
-PATIENCE = 60.0
-"""Seconds without any news from the other processes, after which their share is done here."""
-POLL = 0.2
-"""Seconds between two looks at what the other processes have found."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,7 @@ class Looking:
     background: Color = WHITE
     """Shown where a picture is transparent."""
     workers: int | None = None
-    """Threads that decode; None means one per CPU core, at most 8 (each may hold a 64 MP picture)."""
+    """How many decode at once; None: see `pool.count_of`."""
     progress: Progress | None = None
     """Called as (done, total), from the calling thread."""
     memory: Memory | None = None
@@ -58,17 +55,37 @@ def inspect_all(listing: Listing, looking: Looking) -> Seen:
     Raises:
         StorageError: the memory's disk is full.
     """
-    names = [*listing.pictures, *dict.fromkeys(listing.masks.values())]
+    names = _names(listing)
     found: dict[str, Outcome] = {}
-    missing = _recall(listing.root, names, looking.memory, found)
+    memory = looking.memory
+    missing = _recall(listing.root, names, memory, found)
     advance = _counter(looking.progress, len(names), len(found))
-    mine = _mine(names, missing, looking.memory)
-    seen = Seen(decoded=len(mine))
+    mine = missing if memory is None else memory.share.of(missing)
     for name, outcome in _look(listing.root, mine, looking):
         found[name] = outcome
         advance()
-    if len(mine) < len(missing):
-        _collect(listing.root, [name for name in missing if name not in found], looking, found, advance)
+    others = [name for name in missing if name not in found]
+    if others:
+        _collect(listing.root, others, looking, found, advance)
+    return _seen(names, found, len(mine))
+
+
+def inspect_share(listing: Listing, looking: Looking) -> Seen:
+    """Look at this process's share, and leave what was seen in the memory for the process that puts all together."""
+    assert looking.memory is not None, "what is seen travels through the memory"
+    names = looking.memory.share.of(_names(listing))
+    found: dict[str, Outcome] = {}
+    missing = _recall(listing.root, names, looking.memory, found)
+    found.update(_look(listing.root, missing, looking))
+    return _seen(names, found, len(missing))
+
+
+def _names(listing: Listing) -> list[str]:
+    return [*listing.pictures, *dict.fromkeys(listing.masks.values())]
+
+
+def _seen(names: Sequence[str], found: dict[str, Outcome], decoded: int) -> Seen:
+    seen = Seen(decoded=decoded)
     for name in names:
         outcome = found[name]
         if isinstance(outcome, Problem):
@@ -77,22 +94,6 @@ def inspect_all(listing: Listing, looking: Looking) -> Seen:
             seen.records[name] = outcome
             seen.problems.extend(_odd_shape(outcome))
     return seen
-
-
-def inspect_share(listing: Listing, looking: Looking) -> int:
-    """Look at this process's share and leave the outcomes in the memory; how many pictures it was."""
-    assert looking.memory is not None, "outcomes travel through the memory"
-    names = [*listing.pictures, *dict.fromkeys(listing.masks.values())]
-    mine = _mine(names, _recall(listing.root, names, looking.memory, {}), looking.memory)
-    return sum(1 for _ in _look(listing.root, mine, looking))
-
-
-def _mine(names: Sequence[str], missing: list[str], memory: Memory | None) -> list[str]:
-    """This process's share of what is missing: counted over all names, because the others miss other ones."""
-    if memory is None or memory.share.count == 1:
-        return missing
-    share = set(memory.share.of(names))
-    return [name for name in missing if name in share]
 
 
 def _counter(progress: Progress | None, total: int, known: int) -> Callable[[], None]:
@@ -129,15 +130,7 @@ def _collect(
     """Take what the other processes find; when none of them gives news any more, look at the rest here."""
     memory = looking.memory
     assert memory is not None, "there are other processes only with a memory"
-    waiting = list(others)
-    news = time.monotonic()
-    while waiting and time.monotonic() - news < PATIENCE:
-        if memory.refresh():
-            news = time.monotonic()
-        still = [name for name in waiting if not memory.knows(name, os.stat(root / name))]
-        if len(still) == len(waiting):
-            time.sleep(POLL)
-        waiting = still
+    wait_for_others(others, lambda name: memory.knows(name, os.stat(root / name)), memory.refresh)
     # keep: through the ordinary way, which reads again what had only just been written, and decodes the rest.
     rest = _recall(root, others, memory, found)
     for _ in range(len(others) - len(rest)):
@@ -147,45 +140,35 @@ def _collect(
         advance()
 
 
-def _look(root: Path, names: Iterable[str], looking: Looking) -> Iterator[tuple[str, Outcome]]:
-    """Decode in threads (Pillow and hashlib release the interpreter lock), in order, a few pictures ahead."""
-    workers = looking.workers or min(8, os.cpu_count() or 1)
-    look = partial(_look_at, root, background=looking.background, memory=looking.memory)
-    # keep: a few ahead only, so that a folder of a million pictures is not a million waiting tasks.
-    ahead: list[tuple[str, Future[Outcome]]] = []
-    pool = ThreadPoolExecutor(workers)
-    try:
-        for name in names:
-            ahead.append((name, pool.submit(look, name)))
-            if len(ahead) > 4 * workers:
-                first, future = ahead.pop(0)
-                yield first, future.result()
-        for name, future in ahead:
-            yield name, future.result()
-    finally:
-        # keep: cancel, or Ctrl-C would first decode what is waiting.
-        pool.shutdown(wait=True, cancel_futures=True)
+def _look(root: Path, names: Sequence[str], looking: Looking) -> Iterator[tuple[str, Outcome]]:
+    """Decode on all cores; what is seen is remembered as it comes."""
+    memory = looking.memory
+    look = partial(_look_at, root, background=looking.background, memory=memory)
+    # keep: a death is not remembered, because more memory or another decoder may cope.
+    seen = in_workers(look, names, looking.workers, lambda name, code: (death(name, code), None))
+    for name, (outcome, entry) in zip(names, seen, strict=True):
+        if memory is not None and entry is not None:
+            memory.keep(entry)
+        yield name, outcome
 
 
-def _look_at(root: Path, name: str, *, background: Color, memory: Memory | None) -> Outcome:
-    """One picture: its record without captions, or why it cannot be used."""
+def _look_at(root: Path, name: str, *, background: Color, memory: Memory | None) -> tuple[Outcome, Entry | None]:
+    """One picture: its record without captions, or why it cannot be used; and what is to be remembered."""
     path = root / name
     try:
         # keep: the times before the bytes, so that a change in between shows the next time.
-        status = os.stat(path) if memory is not None else None
+        read_at, status = time.time_ns(), os.stat(path)
         # keep: one read, so that the digest is of the very bytes that were decoded.
         data = read_regular(path, MAX_FILE_BYTES)
     except OSError:
         data, status = b"", None
     except RefusedError as refusal:
-        return refusal.problem(name)
+        return refusal.problem(name), None
     digest = sha256(data)
     outcome = memory.recall_bytes(name, digest) if memory is not None else None
     if outcome is None:
         outcome = _decoded(name, data, digest, background)
-    if memory is not None and status is not None:
-        memory.keep(name, status, digest, outcome)
-    return outcome
+    return outcome, None if status is None else Entry.of(name, status, read_at, digest, outcome)
 
 
 def _decoded(name: str, data: bytes, digest: str, background: Color) -> Outcome:

@@ -7,9 +7,8 @@ A text of several lines is several captions, as in caption files.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from data_tools.files import read_regular, write_atomic
 from data_tools.fingerprints import sha256
 from data_tools.folder import METADATA, Listing, list_folder
 from data_tools.images import MAX_FILE_BYTES
+from data_tools.pool import in_threads
 from data_tools.records import ImageRecord
 from data_tools.rows import MASK_COLUMN, Finder, Row, match_rows, read_rows
 from data_tools.verdicts import FOCUS_X, FOCUS_Y, REASONS, VERDICT, columns_of
@@ -68,8 +68,9 @@ def write(
                 f"{shown(str(folder))} holds {other}, and `datasets` refuses a second metadata file; "
                 f"move {other} away (its captions are in the scan)."
             )
-    foreign = _foreign_columns(root)
-    ordered = list(records)
+    before = read_columns(root)
+    foreign = {name: _foreign(values) for name, values in before.items()}
+    ordered = [_with_source(record, before.get(record.file_name, {})) for record in records]
     optional = _optional_columns(ordered)
     extra = columns or {}
     lines = [
@@ -98,7 +99,16 @@ def read_columns(folder: Path) -> dict[str, dict[str, Any]]:
         DataToolsError: rows that cannot be read.
     """
     root = Path(folder)
-    return _columns(root) if (root / NAME).exists() else {}
+    if not (root / NAME).exists():
+        return {}
+    found = read_rows(root, NAME)
+    if found.problems:
+        raise DataToolsError(
+            f"The {NAME} that is there cannot be read, so it is not replaced; mend it or move it away:",
+            grouped(found.problems),
+        )
+    matched, _ = match_rows(found.rows, list_folder(root))
+    return {name: dict(row.values) for name, row in matched.items()}
 
 
 def _merged(row: dict[str, Any], foreign: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,23 +148,15 @@ def _row(record: ImageRecord, optional: tuple[str, ...]) -> dict[str, Any]:
     return row | {name: extra[name] for name in optional}
 
 
-def _foreign_columns(root: Path) -> dict[str, dict[str, Any]]:
-    rows = _columns(root) if (root / NAME).exists() else {}
-    return {
-        name: {key: value for key, value in values.items() if key not in {*OURS, *consumed(values)}}
-        for name, values in rows.items()
-    }
+def _foreign(values: dict[str, Any]) -> dict[str, Any]:
+    known = {*OURS, *consumed(values)}
+    return {key: value for key, value in values.items() if key not in known}
 
 
-def _columns(root: Path) -> dict[str, dict[str, Any]]:
-    found = read_rows(root, NAME)
-    if found.problems:
-        raise DataToolsError(
-            f"The {NAME} that is there cannot be read, so it is not replaced; mend it or move it away:",
-            grouped(found.problems),
-        )
-    matched, _ = match_rows(found.rows, list_folder(root))
-    return {name: dict(row.values) for name, row in matched.items()}
+def _with_source(record: ImageRecord, before: Mapping[str, Any]) -> ImageRecord:
+    """A caption that was read from the manifest itself keeps where it first came from."""
+    first = before.get("source")
+    return replace(record, source=first) if record.source == "metadata" and first in SOURCES else record
 
 
 def read(folder: Path, *, check_bytes: bool = True) -> list[ImageRecord]:
@@ -257,5 +259,4 @@ def _changed(listing: Listing, records: list[ImageRecord]) -> list[Problem]:
             SCAN_AGAIN,
         )
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return [problem for problem in pool.map(check, records) if problem is not None]
+    return [problem for problem in in_threads(check, records, None) if problem is not None]

@@ -1,73 +1,29 @@
-"""Measuring every picture of a folder, in threads, and only once while its bytes stay the same."""
+"""Numbers about every picture of a folder, each found once while the picture's bytes stay the same."""
 
 from __future__ import annotations
 
-import contextlib
-import json
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from PIL import Image
 
-from data_tools.errors import DataToolsError, Problem, RefusedError, StorageError, grouped
-from data_tools.files import read_regular, storage_errors
+from data_tools.errors import DataToolsError, Problem, RefusedError, grouped
+from data_tools.files import read_regular
 from data_tools.fingerprints import sha256
 from data_tools.images import DECODER, MAX_FILE_BYTES, WHITE, Color, color_name, decode
 from data_tools.inspection import Progress
-from data_tools.memory import default_folder
+from data_tools.memory import Numbers
+from data_tools.pool import death, in_workers
+from data_tools.processes import ALONE, Share, wait_for_others
 from data_tools.quality import VERSION, Measures, measure
 from data_tools.records import ImageRecord
 
-Thing = TypeVar("Thing")
-Done = TypeVar("Done")
-
-
-class MeasureMemory:
-    """Measures by the digest of the file they are of: lines appended to a file outside of the pictures' folder."""
-
-    def __init__(self, root: Path, background: Color = WHITE, folder: Path | None = None) -> None:
-        """Read what is known; without a writable place nothing is remembered, and everything works.
-
-        Args:
-            root: the dataset folder.
-            background: what transparent pixels were measured on.
-            folder: where it lies; the user's cache if None, see `memory.default_folder`.
-        """
-        key = f"{os.path.realpath(root)}\n{color_name(background)}\n{DECODER}\n{VERSION}"
-        name = sha256(key.encode(errors="surrogateescape"))[:24]
-        self.path = (folder or default_folder()) / "measures" / f"{name}.jsonl"
-        self.known: dict[str, Measures] = {}
-        self._file: int | None = None
-        with contextlib.suppress(StorageError), storage_errors(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-            self._read(self.path.read_bytes())
-
-    def _read(self, data: bytes) -> None:
-        if data and not data.endswith(b"\n") and self._file is not None:
-            os.write(self._file, b"\n")
-        for line in data.splitlines():
-            # keep: a line torn by a kill is no entry; its picture is measured again.
-            with contextlib.suppress(ValueError, TypeError, KeyError):
-                digest, values = json.loads(line)
-                self.known[digest] = Measures(**values)
-
-    def keep(self, digest: str, measures: Measures) -> None:
-        """Remember; a full disk only means that it is measured again next time."""
-        self.known[digest] = measures
-        if self._file is not None:
-            with contextlib.suppress(OSError):
-                os.write(self._file, json.dumps([digest, asdict(measures)], separators=(",", ":")).encode() + b"\n")
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
+Count = Callable[[Sequence[ImageRecord]], Iterator[dict[str, Any] | Problem]]
+"""Finds the numbers of pictures, in order; or why one of them has none."""
 
 
 def measure_all(
@@ -77,44 +33,75 @@ def measure_all(
     background: Color = WHITE,
     workers: int | None = None,
     progress: Progress | None = None,
+    share: Share = ALONE,
 ) -> list[Measures]:
     """The measures of every picture, in order; those that are known are not decoded again.
 
     Args:
         root: the dataset folder.
-        records: of pictures in it.
+        records: of pictures in it; of this process's share, where it is not the first.
         background: red, green, blue shown where a picture is transparent.
-        workers: threads that decode; None means one per CPU core, at most 8.
+        workers: how many decode at once; None: see `pool.count_of`.
         progress: called as (done, total), from the calling thread.
+        share: which process this is.
 
     Raises:
         DataToolsError: naming every picture that has changed or vanished since it was scanned.
     """
-    memory = MeasureMemory(root, background)
 
-    def work(record: ImageRecord) -> Measures | Problem:
-        known = memory.known.get(record.sha256)
-        if known is not None:
-            return known
+    def work(record: ImageRecord) -> dict[str, Any] | Problem:
         try:
-            found = measure(decode_again(root, record, background))
+            return asdict(measure(decode_again(root, record, background)))
         except RefusedError as refusal:
             return refusal.problem(record.file_name)
-        memory.keep(record.sha256, found)
-        return found
 
-    results = []
-    try:
-        for result in in_threads(work, records, workers):
-            results.append(result)
+    def count(missing: Sequence[ImageRecord]) -> Iterator[dict[str, Any] | Problem]:
+        return in_workers(work, missing, workers, lambda record, code: death(record.file_name, code))
+
+    key = f"{os.path.realpath(root)}\n{color_name(background)}\n{DECODER}\n{VERSION}"
+    return [Measures(**numbers) for numbers in numbers_of(records, Numbers("measures", key, share), count, progress)]
+
+
+def numbers_of(
+    records: Sequence[ImageRecord], memory: Numbers, count: Count, progress: Progress | None = None
+) -> list[dict[str, Any]]:
+    """The numbers of every picture, in order: known ones, those of this process's share, those of the others.
+
+    The memory is closed. A process that is not the first is given its share of the records and leaves the numbers in
+    the memory.
+
+    Raises:
+        DataToolsError: naming every picture without numbers.
+    """
+    problems: list[Problem] = []
+    missing = {record.file_name: record for record in records if record.sha256 not in memory.known}
+
+    done = itertools.count(len(records) - len(missing) + 1)
+
+    def find(names: Sequence[str]) -> None:
+        wanted = [missing[name] for name in names]
+        for record, numbers in zip(wanted, count(wanted), strict=True):
+            if isinstance(numbers, Problem):
+                problems.append(numbers)
+            else:
+                memory.keep(record.sha256, numbers)
             if progress is not None:
-                progress(len(results), len(records))
+                progress(next(done), len(records))
+
+    def known(name: str) -> bool:
+        return missing[name].sha256 in memory.known
+
+    try:
+        mine = memory.share.of(missing)
+        find(mine)
+        others = sorted({*missing} - {*mine})
+        wait_for_others(others, known, memory.refresh)
+        find([name for name in others if not known(name)])
     finally:
         memory.close()
-    problems = [result for result in results if isinstance(result, Problem)]
     if problems:
         raise DataToolsError("These pictures cannot be measured:", grouped(problems))
-    return [result for result in results if isinstance(result, Measures)]
+    return [memory.known[record.sha256] for record in records]
 
 
 def decode_again(root: Path, record: ImageRecord, background: Color) -> Image.Image:
@@ -127,22 +114,3 @@ def decode_again(root: Path, record: ImageRecord, background: Color) -> Image.Im
     if sha256(data) != record.sha256:
         raise RefusedError("changed just now", "it is another picture than was scanned", "run this again")
     return decode(data, background)[0]
-
-
-def in_threads(work: Callable[[Thing], Done], things: Sequence[Thing], workers: int | None) -> Iterator[Done]:
-    """Results in order, a few things ahead, so that a million pictures are not a million waiting tasks.
-
-    `workers` None means one thread per CPU core, at most 8: each may hold a 64 MP picture several times over.
-    """
-    threads = workers or min(8, os.cpu_count() or 1)
-    ahead: list[Future[Done]] = []
-    pool = ThreadPoolExecutor(threads)
-    try:
-        for thing in things:
-            ahead.append(pool.submit(work, thing))
-            if len(ahead) > 4 * threads:
-                yield ahead.pop(0).result()
-        for future in ahead:
-            yield future.result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)

@@ -7,12 +7,10 @@ where it was, and several processes read what the others have found. It lies out
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import os
-import time
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,20 +18,15 @@ from typing import Any
 import PIL
 
 from data_tools.errors import Problem, StorageError
-from data_tools.files import storage_errors, write_atomic
 from data_tools.images import DECODER, Color, color_name
-from data_tools.processes import Share
+from data_tools.journal import VARIABLE, Journal, default_folder
+from data_tools.processes import ALONE, Share
 from data_tools.records import ImageRecord
 
 Outcome = ImageRecord | Problem
 """What looking at one picture gave."""
-VARIABLE = "FINETUNE_CACHE"
 SETTLED_NS = 2_000_000_000
 """A file changed less than this before it was read may change again without a trace in its times."""
-ROOM_FOR_DEAD_LINES = 4
-"""The file is rewritten when it holds more lines than this many per living entry."""
-
-
 PROBLEM_PARTS, RECORD_PARTS = 4, 5
 """What is said of a picture: words on why it cannot be used, or size, hashes and notes."""
 
@@ -48,13 +41,11 @@ class Entry:
     digest: str
     said: list[Any]
 
-
-def default_folder(environment: Mapping[str, str] = os.environ) -> Path:
-    """$FINETUNE_CACHE, or finetune/ in the user's cache folder."""
-    if environment.get(VARIABLE):
-        return Path(environment[VARIABLE])
-    base = environment.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "finetune"
+    @classmethod
+    def of(cls, name: str, status: os.stat_result, read_at: int, digest: str, outcome: Outcome) -> Entry:
+        """What was seen in a file; `status` and `read_at` (ns) are from before its bytes were read."""
+        settled = read_at - max(status.st_mtime_ns, status.st_ctime_ns) > SETTLED_NS
+        return cls(name, marks_of(status), settled, digest, _said(outcome))
 
 
 def marks_of(status: os.stat_result) -> tuple[int, ...]:
@@ -87,21 +78,12 @@ class Memory:
             StorageError: the memory's folder cannot be made or written.
         """
         key = f"{os.path.realpath(root)}\n{color_name(background)}\n{PIL.__version__}\n{DECODER}"
-        name = hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()[:24]
-        self.share = share or Share()
-        self.place = (folder or default_folder()) / "scans" / name
+        self.share = share or ALONE
+        self.journal = Journal((folder or default_folder()) / "scans" / _short(key), self.share, fresh)
         self.entries: dict[str, Entry] = {}
         self._by_digest: dict[str, Entry] = {}
-        self._read_to: dict[Path, int] = {}
-        with storage_errors(self.place):
-            self.place.mkdir(parents=True, exist_ok=True)
-            for path in self._files() if fresh else ():
-                path.unlink(missing_ok=True)
-            self.refresh()
-            self._compact()
-            self._log = open(self.place / f"{self.share.rank:05d}.jsonl", "ab")  # noqa: SIM115
-            # keep: behind a line that was torn, because a whole one appended to it would be lost as well.
-            os.write(self._log.fileno(), b"\n" if self._log.tell() else b"")
+        self.refresh()
+        self.journal.compact(map(_values, self.entries.values()))
 
     def recall(self, name: str, status: os.stat_result) -> Outcome | None:
         """The outcome for a file that nobody has touched since it was looked at; else None."""
@@ -120,81 +102,125 @@ class Memory:
         entry = self._by_digest.get(digest)
         return None if entry is None else _outcome(name, entry)
 
-    def keep(self, name: str, status: os.stat_result, digest: str, outcome: Outcome) -> None:
-        """Append an entry. `status` is from before the bytes were read, so that a later change shows.
+    def keep(self, entry: Entry) -> None:
+        """Remember what was seen, for this process and for the others.
 
         Raises:
             StorageError: the disk is full.
         """
-        settled = time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > SETTLED_NS
-        entry = Entry(name, marks_of(status), settled, digest, _said(outcome))
         self._add(entry)
-        line = _line(entry)
-        with storage_errors(self.place):
-            # keep: one write per line, unbuffered, so that lines of a killed process are whole or the last.
-            os.write(self._log.fileno(), line)
+        self.journal.append(_values(entry))
 
     def refresh(self) -> int:
         """Read what was appended since the last call, by all processes; how many entries that was."""
-        return sum(self._read(path) for path in self._files())
+        count = 0
+        for value in self.journal.news():
+            try:
+                name, marks, settled, digest, said = value
+                entry = Entry(name, tuple(marks), bool(settled), digest, said)
+                whole = len(said) in (PROBLEM_PARTS, RECORD_PARTS)
+            except (ValueError, TypeError):
+                continue
+            if whole:
+                self._add(entry)
+                count += 1
+        return count
 
     def close(self) -> None:
         """Close the file; everything is on its way to the disk already."""
-        self._log.close()
-
-    def _files(self) -> list[Path]:
-        return sorted(self.place.glob("*.jsonl"))
-
-    def _read(self, path: Path) -> int:
-        try:
-            with open(path, "rb") as file:
-                file.seek(self._read_to.get(path, 0))
-                data = file.read()
-        except FileNotFoundError:
-            return 0
-        whole = data[: data.rfind(b"\n") + 1]
-        self._read_to[path] = self._read_to.get(path, 0) + len(whole)
-        count = 0
-        for line in whole.splitlines():
-            # keep: a line torn by a kill or a full disk is no entry; its picture is looked at again.
-            with contextlib.suppress(ValueError, TypeError, KeyError):
-                name, marks, settled, digest, said = json.loads(line)
-                if len(said) in (PROBLEM_PARTS, RECORD_PARTS):
-                    self._add(Entry(name, tuple(marks), bool(settled), digest, said))
-                    count += 1
-        return count
+        self.journal.close()
 
     def _add(self, entry: Entry) -> None:
         self.entries[entry.name] = entry
         self._by_digest[entry.digest] = entry
 
-    def _compact(self) -> None:
-        """Rewrite the files as one, when a single process finds more dead lines than living ones."""
-        size = sum(self._read_to.values())
-        if self.share.count > 1 or not self.entries:
-            return
-        lines = [_line(entry) for entry in self.entries.values()]
-        if size <= ROOM_FOR_DEAD_LINES * sum(map(len, lines)):
-            return
-        write_atomic(self.place / "00000.jsonl", b"".join(lines))
-        for path in self._files():
-            if path.name != "00000.jsonl":
-                path.unlink(missing_ok=True)
-
 
 def open_memory(
     root: Path, background: Color, share: Share | None = None, fresh: bool = False
 ) -> tuple[Memory | None, str | None]:
-    """The memory of a folder; or None and the reason, where there is no place for one. Looking works without."""
+    """The memory of a folder; or None and the reason, where there is no place for one. Looking works without.
+
+    Raises:
+        StorageError: no place for one, and several processes that would meet there.
+    """
     try:
         return Memory(root, background, share=share, fresh=fresh), None
     except StorageError as error:
+        if share is not None and share.count > 1:
+            raise StorageError(
+                f"{error} Several processes meet there: point {VARIABLE} to a folder they share."
+            ) from error
         return None, str(error)
 
 
-def _line(entry: Entry) -> bytes:
-    values = [entry.name, entry.marks, entry.settled, entry.digest, entry.said]
-    return json.dumps(values, ensure_ascii=True, separators=(",", ":")).encode() + b"\n"
+@contextmanager
+def remembering(root: Path, background: Color, share: Share | None = None) -> Iterator[Memory | None]:
+    """`open_memory` for a while; None as well where there is no such folder, which others tell."""
+    memory = open_memory(root, background, share)[0] if Path(root).is_dir() else None
+    try:
+        yield memory
+    finally:
+        if memory is not None:
+            memory.close()
+
+
+class Numbers:
+    """Numbers about pictures, by the digests of their files: what was once measured is not measured again."""
+
+    def __init__(self, kind: str, key: str, share: Share | None = None, folder: Path | None = None) -> None:
+        """Read what is known; without a writable place one process remembers nothing, and everything works.
+
+        Args:
+            kind: the folder in which they lie, such as measures.
+            key: everything that other numbers would follow from.
+            share: which process this is.
+            folder: where memories lie; `default_folder()` if None.
+
+        Raises:
+            StorageError: no writable place, and several processes that would meet there.
+        """
+        self.share = share or ALONE
+        self.known: dict[str, dict[str, Any]] = {}
+        self._journal: Journal | None = None
+        try:
+            self._journal = Journal((folder or default_folder()) / kind / _short(key), self.share)
+        except StorageError:
+            if self.share.count > 1:
+                raise
+        self.refresh()
+        if self._journal is not None:
+            self._journal.compact(map(list, self.known.items()))
+
+    def refresh(self) -> int:
+        """Read what was appended since the last call, by all processes; how many entries that was."""
+        count = 0
+        for value in self._journal.news() if self._journal is not None else ():
+            with suppress(ValueError, TypeError):
+                digest, numbers = value
+                self.known[digest] = dict(numbers)
+                count += 1
+        return count
+
+    def keep(self, digest: str, numbers: dict[str, Any]) -> None:
+        """Remember; a full disk only means that it is measured again next time."""
+        self.known[digest] = numbers
+        if self._journal is not None:
+            with suppress(StorageError):
+                self._journal.append([digest, numbers])
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
+
+
+def _short(key: str) -> str:
+    return hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()[:24]
+
+
+def _values(entry: Entry) -> list[Any]:
+    return [entry.name, entry.marks, entry.settled, entry.digest, entry.said]
 
 
 def _said(outcome: Outcome) -> list[Any]:

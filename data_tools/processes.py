@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
 from data_tools.errors import UsageError
 
-Thing = TypeVar("Thing")
+PATIENCE = 60.0
+"""Seconds without any news from the other processes, after which their share is done here."""
+POLL = 0.2
+"""Seconds between two looks at what the other processes have found."""
 
 
 @dataclass(frozen=True)
@@ -19,9 +23,18 @@ class Share:
     rank: int = 0
     count: int = 1
 
-    def of(self, things: Sequence[Thing]) -> list[Thing]:
-        """Every count-th thing, so that large pictures at the end of a list fall to all processes."""
-        return list(things[self.rank :: self.count])
+    def of(self, names: Iterable[str]) -> list[str]:
+        """The names that are this process's. Each name is one process's, whatever others it stands among."""
+        if self.count == 1:
+            return list(names)
+        return [name for name in names if _number(name) % self.count == self.rank]
+
+
+ALONE = Share()
+
+
+def _number(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest(), "big")
 
 
 def this_process(environment: Mapping[str, str] = os.environ) -> Share:
@@ -37,3 +50,23 @@ def this_process(environment: Mapping[str, str] = os.environ) -> Share:
             "`accelerate launch --num_processes N -m data_tools ...`, or unset both."
         )
     return Share(int(rank), int(count))
+
+
+def wait_for_others(
+    waiting: Iterable[str], there: Callable[[str], bool], refresh: Callable[[], int]
+) -> None:
+    """Return when everything is there, or when the other processes have given no news for `PATIENCE`.
+
+    Args:
+        waiting: what the others were to find.
+        there: whether something was found.
+        refresh: reads what they have found since the last call; how much that was.
+    """
+    news = time.monotonic()
+    left = list(waiting)
+    while left and time.monotonic() - news < PATIENCE:
+        if refresh():
+            news = time.monotonic()
+        left = [name for name in left if not there(name)]
+        if left:
+            time.sleep(POLL)

@@ -14,6 +14,7 @@ from data_tools.images import WHITE, Color, load_image
 from data_tools.inspection import Looking, Progress, inspect_all
 from data_tools.memory import Memory
 from data_tools.records import ImageRecord
+from data_tools.sources import advice
 
 __all__ = ["ImageRecord", "Problem", "Progress", "ScanResult", "inspect", "load_image", "scan"]
 
@@ -71,7 +72,7 @@ def scan(
             in `captioners.CAPTIONERS`.
         template: a sentence with the blanks {stem}, {folder}, {number}.
         background: red, green, blue shown where a picture is transparent.
-        workers: threads that decode; None means one per CPU core, at most 8 (each may hold a 64 MP picture).
+        workers: how many decode at once; None: see `pool.count_of`.
         progress: called as (done, total) after each picture, from the calling thread.
         memory: what earlier scans saw of this folder; pictures that have not changed are not decoded again.
 
@@ -85,7 +86,7 @@ def scan(
     masks = {caption.mask_file for caption in answer.captions.values() if caption.mask_file}
     if not listing.pictures:
         raise DataToolsError(
-            f"There is no picture in {shown(str(folder))}; give the folder that holds them.",
+            f"There is no picture in {shown(str(folder))}; {advice(str(folder)) or 'give the folder that holds them.'}",
             grouped([*listing.problems, *answer.problems]),
         )
     seen = inspect_all(listing, Looking(background, workers, progress, memory))
@@ -112,11 +113,16 @@ def scan(
 
 
 def inspect(
-    folder: Path, *, background: Color = WHITE, workers: int | None = None, progress: Progress | None = None
+    folder: Path,
+    *,
+    background: Color = WHITE,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    memory: Memory | None = None,
 ) -> ScanResult:
     """As `scan`, without looking for captions: all records have `captions=()`."""
     listing = list_folder(folder)
-    seen = inspect_all(listing, Looking(background, workers, progress))
+    seen = inspect_all(listing, Looking(background, workers, progress, memory))
     masks = set(listing.masks.values())
     records = [
         replace(record, repeats=repeats(name)) for name, record in seen.records.items() if name not in masks

@@ -6,10 +6,8 @@ blip, blip_2, florence2, smolvlm, qwen2_vl.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,26 +24,14 @@ from transformers import (
 from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
 
 from data_tools.captioners.vision import VISION, Asking, Say, how_to_fetch
-from data_tools.errors import UNSAFE, DataToolsError, UsageError, shown
+from data_tools.errors import DataToolsError, UsageError, shown
+from data_tools.models import UNREADABLE, Source, choose_device, moved, reason_of
 
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 FLORENCE_TASKS = ("<CAPTION>", "<DETAILED_CAPTION>", "<MORE_DETAILED_CAPTION>")
 """Those that answer in words; the others answer with boxes."""
 RESOURCES = 9
 """Exit code where the memory does not suffice."""
 Pictures = list[Image.Image]
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where everything of one model comes from, as keyword arguments of `from_pretrained`."""
-
-    place: str
-    revision: str | None
-
-    def load(self, kind: Any, **more: Any) -> Any:
-        """`kind.from_pretrained`, without any code of the model's own."""
-        return kind.from_pretrained(self.place, revision=self.revision or "main", trust_remote_code=False, **more)
 
 
 @dataclass(frozen=True)
@@ -66,58 +52,22 @@ def load(name: str, asking: Asking) -> Say:
         DataToolsError: pickled weights, exit code 8.
     """
     source = Source(asking.place(name), asking.revision)
-    _refuse_pickles(source.place)
+    source.refuse_pickles()
     device = choose_device(asking.device)
     try:
         config = source.load(AutoConfig)
         if config.model_type not in VISION[name].types:
             raise _another_model(name, source.place, config.model_type)
         reader = READERS[name](source, config)
-        # keep: bf16 has the range of fp32, so no model overflows; on CPUs it is slower than fp32.
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        model, facts = source.load(
-            AutoModelForImageTextToText, use_safetensors=True, dtype=dtype, output_loading_info=True
-        )
-    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        model = source.model(AutoModelForImageTextToText, device)
+    except UNREADABLE as error:
         raise UsageError(
-            f"{name} cannot be loaded from {shown(source.place)} ({shown(reason)}); {how_to_fetch(name, asking)}."
+            f"{name} cannot be loaded from {shown(source.place)} ({reason_of(error)}); {how_to_fetch(name, asking)}."
         ) from error
-    _refuse_gaps(source.place, model, facts["missing_keys"])
     prompts = asking.prompts or VISION[name].prompts
     if name == "florence2":
         _check_tasks(prompts)
-    return _speak(model.to(device).eval().requires_grad_(False), reader, prompts, asking)
-
-
-def choose_device(wanted: str | None) -> torch.device:
-    """The device asked for; else this process's GPU, else the CPU.
-
-    Raises:
-        UsageError: it is not there.
-    """
-    rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if wanted is None:
-        wanted = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(wanted)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UsageError(f"--device {wanted} cannot be used here ({reason}); leave it out, or give cpu.") from error
-    return device
-
-
-def _refuse_pickles(place: str) -> None:
-    folder = Path(place)
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
-        if pickles:
-            raise DataToolsError(
-                f"{shown(place)} holds its weights as {', '.join(pickles)} only. Such a file is a pickle, which can "
-                "run any code when it is opened: take the model's safetensors, or another revision.",
-                exit_code=UNSAFE,
-            )
+    return _speak(model, reader, prompts, asking)
 
 
 def _another_model(name: str, place: str, found: str) -> UsageError:
@@ -126,18 +76,6 @@ def _another_model(name: str, place: str, found: str) -> UsageError:
     return UsageError(
         f"{shown(place)} is a {found!r} model, and --captions {name} reads {', '.join(VISION[name].types)}; {hint}."
     )
-
-
-def _refuse_gaps(place: str, model: Any, missing: Sequence[str]) -> None:
-    """Weights that the files lack would be random ones, and so would the captions."""
-    parameters = {name for name, _ in model.named_parameters()}
-    gaps = sorted(set(missing) & parameters)
-    if gaps:
-        raise UsageError(
-            f"{shown(place)} lacks {len(gaps)} weights of a {type(model).__name__}, such as {gaps[0]}; they would be "
-            "random, and so would the captions. Take a conversion for transformers itself (one that needs no code of "
-            "its own)."
-        )
 
 
 def _check_tasks(prompts: Sequence[str]) -> None:
@@ -155,7 +93,7 @@ def _speak(model: Any, reader: Reader, prompts: Sequence[str], asking: Asking) -
     beams = max(asking.count, model.generation_config.num_beams or 1)
 
     def one(pictures: Pictures, prompt: str) -> list[list[str]]:
-        inputs = {key: _moved(value, model) for key, value in reader.encode(pictures, prompt).items()}
+        inputs = moved(reader.encode(pictures, prompt), model)
         output = model.generate(
             **inputs,
             do_sample=False,
@@ -179,18 +117,13 @@ def _speak(model: Any, reader: Reader, prompts: Sequence[str], asking: Asking) -
 
 
 def _stopped(error: Exception, pictures: int) -> DataToolsError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     full = isinstance(error, torch.OutOfMemoryError)
     remedy = "give a smaller --batch or --number" if full else "try --batch 1, a shorter --prompt or --length"
     return DataToolsError(
-        f"The model stopped at a batch of {pictures} pictures ({reason}); {remedy}, and start again: what is written "
-        "stays written.",
+        f"The model stopped at a batch of {pictures} pictures ({reason_of(error)}); {remedy}, and start again: what is "
+        "written stays written.",
         exit_code=RESOURCES if full else None,
     )
-
-
-def _moved(value: Tensor, model: Any) -> Tensor:
-    return value.to(model.device, model.dtype if value.is_floating_point() else None)
 
 
 def _prompted(source: Source, config: Any) -> Reader:

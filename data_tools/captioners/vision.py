@@ -19,7 +19,7 @@ from data_tools.errors import Problem, RefusedError, UsageError
 from data_tools.files import read_regular
 from data_tools.folder import Listing
 from data_tools.images import MAX_FILE_BYTES, WHITE, decode
-from data_tools.measuring import in_threads
+from data_tools.pool import death, in_workers
 from data_tools.quality import reduced
 from data_tools.text import split_captions
 
@@ -111,16 +111,16 @@ class Viewer:
         """Caption `listing.pictures` as one batch; `template` is not used."""
         answer, pictures = Answer(), []
 
-        def look(name: str) -> Image.Image | RefusedError:
+        def look(name: str) -> Image.Image | Problem:
             try:
                 picture = decode(read_regular(listing.root / name, MAX_FILE_BYTES), WHITE)[0]
             except RefusedError as refusal:
-                return refusal
+                return refusal.problem(name)
             return reduced(picture, SIDE)
 
-        for name, seen in zip(listing.pictures, in_threads(look, listing.pictures, None), strict=True):
-            if isinstance(seen, RefusedError):
-                answer.fail(name, seen.problem(name))
+        for name, seen in zip(listing.pictures, in_workers(look, listing.pictures, None, death), strict=True):
+            if isinstance(seen, Problem):
+                answer.fail(name, seen)
             else:
                 pictures.append((name, seen))
         said = self.say([picture for _, picture in pictures]) if pictures else []

@@ -9,11 +9,11 @@ import sys
 
 from rich.console import Console
 
-from data_tools.cli import bucket, caption, clean, importing, report, scan, tokens
+from data_tools.cli import bucket, caption, clean, edit, importing, mask, report, scan, tokens
 from data_tools.cli.app import app
 from data_tools.errors import DataToolsError
 
-COMMANDS = (importing, scan, caption, tokens, clean, bucket, report)
+COMMANDS = (importing, scan, caption, edit, tokens, mask, clean, bucket, report)
 """Modules whose import puts their commands on the application."""
 
 

@@ -30,7 +30,7 @@ Template = Annotated[
 Workers = Annotated[
     int | None,
     typer.Option(
-        min=1, help="Threads that decode; as many as CPU cores, up to 8, if not given.", show_default=False
+        min=1, help="How many decode at once; as many as CPU cores, up to 8, if not given.", show_default=False
     ),
 ]
 Background = Annotated[str, typer.Option(help="Colour behind transparent pixels: white, black, #rrggbb.")]

@@ -17,6 +17,7 @@ from data_tools.cli.printing import add_row, print_problems, progress_bar, say, 
 from data_tools.errors import UsageError, shown
 from data_tools.folder import list_folder
 from data_tools.plan_picture import save_plan
+from data_tools.processes import this_process
 from data_tools.records import ImageRecord
 from data_tools.scan import ScanResult, inspect
 from data_tools.verdicts import without_dropped
@@ -84,6 +85,8 @@ def bucket(  # noqa: PLR0913
 
       finetune data bucket photos --preset sdxl-paper --picture plan.png
     """
+    if this_process().rank:
+        return
     console = Console()
     sizes, step = choose(resolution, multiple, min_side, max_side, preset)
     result = _read(folder, workers)

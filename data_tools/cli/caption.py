@@ -17,7 +17,7 @@ from data_tools.cli.printing import add_row, say, table_of
 from data_tools.errors import DataToolsError, UsageError, gravest, grouped
 from data_tools.folder import Listing, list_folder
 from data_tools.identity import identity_warning
-from data_tools.processes import Share, this_process
+from data_tools.processes import ALONE, Share, this_process
 from data_tools.wording import Wording
 
 PREVIEW = 4
@@ -139,7 +139,7 @@ def _by_reading(
 ) -> None:
     """All pictures at once; nothing is written unless all of them get a caption."""
     console = Console()
-    todo = plan(listing, replace, Share())
+    todo = plan(listing, replace, ALONE)
     answer = caption_folder(listing, source, template)
     kept = set(todo.kept)
     errors = [problem for problem in answer.problems if problem.severity == "error" and problem.file_name not in kept]
@@ -165,8 +165,8 @@ def _by_looking(
     done = Done(problems=todo.problems)
     if todo.files:
         viewer = open_viewer(source, asking)
-        with stages() as stage:
-            progress = stage("captioning") if share.rank == 0 else None
+        with stages(share) as stage:
+            progress = stage("captioning")
             done = look(listing, todo, viewer, wording, batch=viewer.batch, write=write, progress=progress)
     _show(console, todo, done, "caption files written" if write else "captions of the first pictures")
     mine = f" (process 1 of {share.count}; each one does its share)" if share.count > 1 else ""

@@ -6,7 +6,7 @@ import fnmatch
 import importlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +16,7 @@ from rich.console import Console
 
 from data_tools import clean as cleaning_of
 from data_tools.captioners import AUTO
-from data_tools.clean import Cleaning, Judged, Options
+from data_tools.clean import Cleaning, Judged, Options, Score
 from data_tools.cli.app import Background, Folder, Template, Workers, app
 from data_tools.cli.examining import Against, Captions, Limits, Verdicts, opened, pairs, raise_for_broken, settings
 from data_tools.cli.printing import add_row, say, table_of
@@ -27,8 +27,6 @@ from data_tools.scoring import SCORERS, ScorerSpec, choose_scorers
 from data_tools.verdicts import BETWEEN
 
 SHOWN_ROWS = 40
-Score = Callable[[Path, Sequence[ImageRecord]], Sequence[Mapping[str, float]]]
-
 
 Keep = Annotated[
     list[str] | None,
@@ -93,6 +91,7 @@ def clean(  # noqa: PLR0913
     Finds exact, near and mirrored copies (also of another folder: --against), pictures that are too small, too
     narrow, blurred, under- or over-exposed, flat, or in a frame. With --write the verdicts stand in metadata.jsonl,
     where they can be changed by hand; a verdict changed by hand stays. Training leaves out `drop` and lists it.
+    A run that was killed goes on; under `accelerate launch` the processes share the work.
 
     Exit code: 0 done, 2 wrong option, 3 a file cannot be used, or --strict and a verdict other than keep.
 
@@ -118,7 +117,11 @@ def clean(  # noqa: PLR0913
         workers=workers,
         against=against,
     ) as options:
-        judged = cleaning_of.examine(folder, options, score=_scoring(scorers, options) if scorers else None)
+        asked = _scoring(scorers, options) if scorers else None
+        if options.share.rank:
+            cleaning_of.assist(folder, options, asked)
+            return
+        judged = cleaning_of.examine(folder, options, asked)
     if masks:
         judged = _focused(judged, workers)
     judged = cleaning_of.decide(judged, _by_hand(judged, {"keep": keep, "review": review, "drop": drop}))
@@ -129,6 +132,10 @@ def clean(  # noqa: PLR0913
         typer.echo(json.dumps(to_json(judged), ensure_ascii=False, indent=1))
     else:
         _print(console, judged)
+    _conclude(console, judged, write=write, strict=strict, as_json=as_json)
+
+
+def _conclude(console: Console, judged: Cleaning, *, write: bool, strict: bool, as_json: bool) -> None:
     if write:
         path = cleaning_of.write(judged)
         _tell(console, as_json, f"Wrote the verdicts into {shown(str(path))}; change `verdict` there as you like.")
@@ -153,6 +160,7 @@ def _scoring(specs: Sequence[ScorerSpec], options: Options) -> Score:
             background=options.background,
             workers=options.workers,
             progress=options.stage("asking models"),
+            share=options.share,
         )
         return scores
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -15,11 +15,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from data_tools.captioners import AUTO, CAPTIONERS
 from data_tools.clean import Cleaning, Options, Stage
-from data_tools.errors import DataToolsError, StorageError, UsageError, gravest, grouped, shown
+from data_tools.errors import DataToolsError, UsageError, gravest, grouped, shown
 from data_tools.images import Color
 from data_tools.inspection import Progress as OnProgress
-from data_tools.memory import Memory
-from data_tools.processes import this_process
+from data_tools.processes import Share, this_process
 from data_tools.rules import RULES, Rule, change_rules
 from data_tools.scoring import SCORERS, ScorerSpec
 
@@ -109,28 +108,20 @@ def opened(
     workers: int | None,
     against: Sequence[Path] | None,
 ) -> Iterator[Options]:
-    """Everything that `examine` is asked, with what earlier scans saw and progress on standard error."""
+    """Everything that `examine` is asked, with which process this is and progress on standard error."""
     behind = color(background)
-    if this_process().count > 1:
-        raise UsageError("This command is for one process; run `scan` under `accelerate launch`, and this one alone.")
-    memory = None
-    # keep: without a writable place everything works, only slower; `scan` is the command that says so.
-    with suppress(StorageError):
-        memory = Memory(folder, behind) if folder.is_dir() else None
-    try:
-        with stages() as stage:
-            yield Options(
-                rules, captions, template, behind, workers, tuple(against or ()), memory=memory, stage=stage
-            )
-    finally:
-        if memory is not None:
-            memory.close()
+    share = this_process()
+    with stages(share) as stage:
+        yield Options(rules, captions, template, behind, workers, tuple(against or ()), share, stage)
 
 
 @contextmanager
-def stages() -> Iterator[Stage]:
-    """One progress bar per stage on a terminal; elsewhere a line with the time left now and then."""
+def stages(share: Share) -> Iterator[Stage]:
+    """One progress bar per stage on a terminal; elsewhere a line with the time left now and then; rank 0 shows it."""
     console = Console(stderr=True)
+    if share.rank:
+        yield lambda title: None
+        return
     if not console.is_terminal:
         yield lambda title: _Lines(console, title)
         return

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from data_tools.captioners import AUTO
-from data_tools.clean import Cleaning, examine
+from data_tools.clean import Cleaning, assist, examine
 from data_tools.cli.app import AsJson, Background, Folder, Template, Workers, app
 from data_tools.cli.bucket import Multiple, Preset, Resolution, Upscale, choose
 from data_tools.cli.examining import Against, Captions, Limits, Verdicts, opened, settings
@@ -96,6 +96,9 @@ def report(  # noqa: PLR0913
         workers=workers,
         against=against,
     ) as options:
+        if options.share.rank:
+            assist(folder, options)
+            return
         cleaning = _without_our_own(examine(folder, options), (page, data))
         facts = gather(cleaning, plan, tokenizers)
         small = make_thumbnails(

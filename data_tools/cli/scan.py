@@ -24,7 +24,7 @@ from data_tools.cli.printing import (
     say,
     table_of,
 )
-from data_tools.errors import StorageError, UsageError, shown
+from data_tools.errors import UsageError, shown
 from data_tools.folder import list_folder
 from data_tools.images import Color
 from data_tools.inspection import Looking, inspect_share
@@ -133,8 +133,6 @@ def _memory(folder: Path, background: Color, fresh: bool) -> Memory | None:
     if fresh and share.count > 1:
         raise UsageError("--fresh is for one process; run it once alone, or point FINETUNE_CACHE to a new folder.")
     memory, reason = open_memory(folder, background, share, fresh)
-    if reason is not None and share.count > 1:
-        raise StorageError(f"{reason} Several processes meet there: point FINETUNE_CACHE to a folder they share.")
     if reason is not None:
         say(Console(stderr=True), f"Nothing is remembered for the next scan: {reason}", style="yellow")
     return memory

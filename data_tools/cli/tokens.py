@@ -17,6 +17,7 @@ from data_tools.cli.printing import add_row, say, table_of
 from data_tools.errors import DATA, DataToolsError, UsageError, grouped
 from data_tools.folder import list_folder
 from data_tools.identity import identity_warning
+from data_tools.processes import this_process
 from data_tools.report.tokens import load_tokenizers
 from data_tools.tokens import Count, at_least, count
 
@@ -58,6 +59,8 @@ def tokens(
 
       finetune data tokens photos --tokenizer models/sdxl --trigger "sks dog" --strict
     """
+    if this_process().rank:
+        return
     console = Console()
     readers = load_tokenizers(_demo() if tokenizer == DEMO else tokenizer) if tokenizer else at_least()
     answer = caption_folder(list_folder(folder), captions, template)

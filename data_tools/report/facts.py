@@ -69,6 +69,7 @@ def gather(cleaning: Cleaning, plan: Plan, tokenizers: Tokenizers) -> Facts:
             "not_stored": sum((each.record.verdict == "drop") != (each.stored == "drop") for each in cleaning.judged),
             "without_caption": len(waiting),
             "samples": sum(record.repeats for record in records),
+            "masks": sum(record.mask_file is not None for record in records),
             "buckets": len({cut.bucket for cut in cuts}),
             "mean_lost": sum(cut.lost for cut in cuts) / max(1, len(cuts)),
             **{f"{severity}s": sum(p.severity == severity for p in problems) for severity in SEVERITIES},
@@ -154,40 +155,47 @@ def steps_per_epoch(records: Sequence[ImageRecord], cuts: Sequence[Placement], b
 
 
 def _weights(records: Sequence[ImageRecord]) -> list[Facts]:
-    """Pictures that weigh the same, by folder, role and repeats, and their share of an epoch."""
-    groups: dict[tuple[str, str, int], int] = defaultdict(int)
-    for record in records:
-        groups[top_folder(record.file_name), record.role, record.repeats] += 1
-    total = sum(count * key[2] for key, count in groups.items())
+    """Pictures that weigh the same, by folder, role, repeats and loss weight, and their share of an epoch's loss."""
+    groups = Counter(
+        (top_folder(record.file_name), record.role, record.repeats, record.loss_weight) for record in records
+    )
+    total = sum(count * repeats * weight for (_, _, repeats, weight), count in groups.items()) or 1.0
     return [
         {
             "folder": folder or ".",
             "role": role,
             "repeats": repeats,
+            "loss_weight": weight,
             "pictures": count,
             "samples": count * repeats,
-            "share": count * repeats / total,
-            "share_each": repeats / total,
+            "share": count * repeats * weight / total,
+            "share_each": repeats * weight / total,
         }
-        for (folder, role, repeats), count in sorted(groups.items())
+        for (folder, role, repeats, weight), count in sorted(groups.items())
     ]
 
 
 def _clusters(judged: Sequence[Judged]) -> list[Facts]:
+    """Pictures that show the same, each cluster with the one to keep; a copy of a copy belongs to the same cluster."""
     groups: dict[int, list[Facts]] = defaultdict(list)
     for each in judged:
-        if each.copy is not None:
-            groups[each.copy.of].append(
-                {
-                    "file_name": each.record.file_name,
-                    "exact": each.copy.exact,
-                    "mirrored": each.copy.mirrored,
-                    "bits": each.copy.distance,
-                }
-            )
+        if each.copy is None:
+            continue
+        kept = each.copy.of
+        while (further := judged[kept].copy) is not None:
+            kept = further.of
+        groups[kept].append(
+            {
+                "file_name": each.record.file_name,
+                "of": judged[each.copy.of].record.file_name,
+                "exact": each.copy.exact,
+                "mirrored": each.copy.mirrored,
+                "bits": each.copy.distance,
+            }
+        )
     return [
-        {"kept": judged[of].record.file_name, "copies": copies}
-        for of, copies in sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
+        {"kept": judged[kept].record.file_name, "copies": copies}
+        for kept, copies in sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
     ]
 
 
@@ -216,6 +224,7 @@ def _picture(each: Judged, cut: Placement | None, waiting: Iterable[str], tokeni
             name: max((tokenizer.count(caption) for caption in record.captions), default=0)
             for name, tokenizer in tokenizers.items()
         },
+        "mask": record.mask_file,
         "focus": list(record.focus) if record.focus else None,
         "cut": None if cut is None else {
             "bucket": [cut.bucket[1], cut.bucket[0]],

@@ -36,6 +36,7 @@ def render(facts: Facts, thumbnails: Thumbnails) -> str:
         style=Markup(_text("style.css")),
         script=Markup(_text("script.js")),
         urls=thumbnails.urls,
+        veils=thumbnails.veils,
         pictures=shown,
         left_out=len(facts["pictures"]) - len(shown),
         problems={severity: _grouped(facts["problems"], severity) for severity in ("error", "warning", "note")},

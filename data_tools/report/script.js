@@ -32,7 +32,9 @@
 
   for (const id of ["search", "verdict", "check"]) byId(id).addEventListener("input", refresh);
   byId("sort").addEventListener("input", sort);
-  byId("crops").addEventListener("input", (event) => cards.classList.toggle("no-crops", !event.target.checked));
+  for (const id of ["crops", "veils"]) {
+    byId(id)?.addEventListener("input", (event) => cards.classList.toggle(`no-${id}`, !event.target.checked));
+  }
   document.querySelector(".filter").addEventListener("submit", (event) => event.preventDefault());
 
   const decisions = new Map();

@@ -12,14 +12,17 @@ from PIL import Image
 
 from data_tools.clean import Judged
 from data_tools.errors import RefusedError
-from data_tools.images import WHITE, Color
+from data_tools.files import read_regular
+from data_tools.images import MAX_FILE_BYTES, WHITE, Color, decode
 from data_tools.inspection import Progress
-from data_tools.measuring import decode_again, in_threads
+from data_tools.measuring import decode_again
+from data_tools.pool import in_workers
 from data_tools.quality import reduced
 
 SIDES = ((60, 320), (300, 240), (1 << 62, 176))
 """(pictures, longer side in pixels): few pictures are shown larger."""
 QUALITY = 72
+VEIL, VEIL_SIDE = (90, 0, 20, 185), 128
 BATCH = 64
 """Pictures made before the budget is looked at again."""
 
@@ -29,6 +32,8 @@ class Thumbnails:
     """Pictures as data addresses, by file name, and what they cost."""
 
     urls: dict[str, str] = field(default_factory=dict)
+    veils: dict[str, str] = field(default_factory=dict)
+    """What masks leave out, as pictures to be laid over; stretched to the thumbnail's size."""
     bytes: int = 0
 
 
@@ -48,25 +53,27 @@ def make_thumbnails(
         judged: its pictures.
         budget: bytes of all thumbnails together, as they stand in the page.
         background: red, green, blue shown where a picture is transparent.
-        workers: threads that decode.
+        workers: how many decode at once; None: see `pool.count_of`.
         progress: called as (done, total), where the total is what the budget will probably hold.
     """
     side = next(side for count, side in SIDES if len(judged) <= count)
     wanted = _by_need(judged)
     made = Thumbnails()
 
-    def work(each: Judged) -> str | None:
+    def work(each: Judged) -> tuple[str, str] | None:
         try:
-            return data_url(decode_again(root, each.record, background), side)
+            url = data_url(reduced(decode_again(root, each.record, background), side))
+            return url, veil(root, each.record.mask_file) if each.record.mask_file else ""
         except RefusedError:
             return None
 
     for start in range(0, len(wanted), BATCH):
         part = wanted[start : start + BATCH]
-        for each, url in zip(part, in_threads(work, part, workers), strict=True):
-            if url is not None and made.bytes + len(url) <= budget:
-                made.urls[each.record.file_name] = url
-                made.bytes += len(url)
+        for each, found in zip(part, in_workers(work, part, workers, lambda *_: None), strict=True):
+            if found is not None and made.bytes + sum(map(len, found)) <= budget:
+                made.urls[each.record.file_name] = found[0]
+                made.veils |= {each.record.file_name: found[1]} if found[1] else {}
+                made.bytes += sum(map(len, found))
         done = min(start + BATCH, len(wanted))
         if progress is not None:
             # keep: the budget usually ends this; how many pictures it holds is known from those made so far.
@@ -85,8 +92,20 @@ def _by_need(judged: Sequence[Judged]) -> list[Judged]:
     return [*first, *(each for stride in strides for each in stride)]
 
 
-def data_url(image: Image.Image, side: int) -> str:
-    """The picture reduced to `side` pixels, as a data address that a page can hold."""
+def veil(root: Path, mask_file: str) -> str:
+    """What a mask leaves out, as a small reddish picture with transparency.
+
+    Raises:
+        RefusedError: the mask cannot be read.
+    """
+    mask = reduced(decode(read_regular(root / mask_file, MAX_FILE_BYTES), (0, 0, 0))[0].convert("L"), VEIL_SIDE)
+    picture = Image.new("RGBA", mask.size, VEIL)
+    picture.putalpha(mask.point([VEIL[3] * (255 - value) // 255 for value in range(256)]))
+    return data_url(picture)
+
+
+def data_url(image: Image.Image) -> str:
+    """The picture as a data address that a page can hold."""
     file = BytesIO()
-    reduced(image, side).save(file, format="WEBP", quality=QUALITY, method=4)
+    image.save(file, format="WEBP", quality=QUALITY, method=4)
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode("ascii")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
+
 from data_tools.errors import UsageError, shown
 from data_tools.sources.archives import Archives
 from data_tools.sources.base import File, Order, Source
 from data_tools.sources.kohya_config import KohyaConfig
-from data_tools.sources.tables import Hub, Parquet, Saved
+from data_tools.sources.tables import HUB, Hub, Parquet, Saved
 from data_tools.sources.tree import Tree
 
-__all__ = ["SOURCES", "File", "Order", "Source", "choose"]
+__all__ = ["SOURCES", "File", "Order", "Source", "advice", "choose"]
 
 SOURCES: dict[str, Source] = {
     "kohya_config": KohyaConfig(),
@@ -33,3 +35,15 @@ def choose(place: str) -> tuple[str, Source]:
             return name, source
     kinds = "; ".join(source.summary for source in SOURCES.values())
     raise UsageError(f"{shown(place)} is not there, or nothing that can be imported. What can: {kinds}.")
+
+
+def advice(place: str) -> str | None:
+    """What to do with a place that is no folder of pictures; None where nothing can be imported from it."""
+    others = (name for name, source in SOURCES.items() if name != "folder" and source.recognises(place))
+    name = next(others, None)
+    if name is None:
+        return None
+    command = f"`finetune data import {shlex.quote(shown(place))} -o photos` makes one of it, called photos."
+    if name == "hub" and not place.startswith(HUB):
+        return f"name the folder that holds the pictures; or, if it is a dataset of the hub: {command}"
+    return command

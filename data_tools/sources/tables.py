@@ -15,6 +15,8 @@ from data_tools.sources.base import File, Order
 
 IMAGE_COLUMNS = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp")
 """The first that is there holds the pictures; else the first column whose values are picture bytes."""
+ROWS, PAGE = 16, 2**20
+"""Rows of a parquet file, and bytes of a column of it, that are read at once."""
 HUB = "hub:"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # Where a picture's kind is told by its first bytes: (offset, bytes) -> ending.
@@ -107,9 +109,12 @@ def _parquet_files(path: Path) -> list[Path]:
 def _parquet_rows(parquet: Any, paths: Iterable[Path]) -> Iterator[Mapping[str, Any]]:
     for path in paths:
         try:
-            # keep: small batches, because a row holds a whole picture.
-            for batch in parquet.ParquetFile(path).iter_batches(64):
-                yield from batch.to_pylist()
+            # keep: read page by page, group by group and row by row, because a row holds a whole picture, and by itself
+            # pyarrow reads ahead through the whole file.
+            table = parquet.ParquetFile(path, pre_buffer=False, buffer_size=PAGE)
+            for group in range(table.num_row_groups):
+                for batch in table.iter_batches(ROWS, row_groups=[group]):
+                    yield from (batch.slice(row, 1).to_pylist()[0] for row in range(batch.num_rows))
         except (OSError, ValueError, RuntimeError, TypeError) as error:
             raise DataToolsError(
                 f"{shown(str(path))} is no readable parquet ({shown(str(error).splitlines()[0])}); fetch it again. "

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from data_tools.records import ImageRecord
 from data_tools.rules import RULES, change_rules
 from data_tools.scan import scan
 from data_tools.verdicts import without_dropped
+from tests.conftest import ROOT
 from tests.data_tools.test_data_cli import flat, run
 from tests.data_tools.test_data_quality import scene
 
@@ -211,3 +215,51 @@ def test_wrong_options_exit_2(run, tmp_path, options, words):
     folder = fill(tmp_path / "set", ("good.png",))
     result = run("clean", folder, *options)
     assert result.returncode == 2 and words in result.stderr and "Traceback" not in result.stderr
+
+
+def test_every_command_twice_writes_the_same_bytes(run, tmp_path):
+    """Idempotent, alone and in turn: where captions came from, verdicts by hand and numbers all stay."""
+    folder = fill(tmp_path / "set", ("good.png", "copy.png", "blurred.png"))
+    (folder / "blurred.txt").unlink()
+    steps = (
+        ("scan", folder, "--template", "a photo of {stem}", "--write"),
+        ("clean", folder, "--drop", "good.png", "--write"),
+        ("scan", folder, "--write"),
+        ("clean", folder, "--write"),
+        ("scan", folder, "--write"),
+    )
+    seen = []
+    for step in steps:
+        for _ in range(2):
+            assert run(*step).returncode == 0
+            seen.append((folder / "metadata.jsonl").read_bytes())
+    assert seen[0] == seen[1] and set(seen[2:]) == {seen[2]}
+    rows = {row["file_name"]: row for row in map(json.loads, seen[-1].splitlines())}
+    assert {name: row["source"] for name, row in rows.items()} == {
+        "blurred.png": "template", "copy.png": "sidecar", "good.png": "sidecar"
+    }  # fmt: skip
+    assert rows["good.png"]["verdict"] == "drop"
+
+
+def test_two_processes_of_a_launcher_judge_as_one(tmp_path):
+    """`accelerate launch` on `clean` and `report`: the helper leaves its share, rank 0 alone speaks and writes."""
+    alone, together = fill(tmp_path / "alone"), fill(tmp_path / "together")
+    environment = os.environ | {"FINETUNE_CACHE": str(tmp_path / "m")}
+    command = [sys.executable, "-m", "data_tools", "clean", "--write"]
+    subprocess.run([*command, alone], cwd=ROOT, env=environment, capture_output=True, check=True)
+    ranks = [
+        subprocess.Popen([*command, together], cwd=ROOT, env=environment | {"RANK": rank, "WORLD_SIZE": "2"},
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for rank in "01"
+    ]  # fmt: skip
+    (said, wrong), helped = ranks[0].communicate(timeout=100), ranks[1].communicate(timeout=100)
+    assert [each.returncode for each in ranks] == [0, 0] and helped == ("", ""), wrong
+    assert "Wrote the verdicts" in said
+    assert (together / "metadata.jsonl").read_bytes() == (alone / "metadata.jsonl").read_bytes()
+    shares = sorted(len(path.read_text().split()) for path in (tmp_path / "m/measures").rglob("0000*.jsonl"))
+    assert len(shares) == 3 and all(shares), "each process measured something"
+    page = ["report", together, "-o", tmp_path / "page.html"]
+    for rank in "10":
+        subprocess.run([*command[:3], *page], cwd=ROOT, env=environment | {"RANK": rank, "WORLD_SIZE": "2"},
+                       capture_output=True, check=True)  # fmt: skip
+        assert (tmp_path / "page.html").exists() == (rank == "0")

@@ -146,21 +146,22 @@ def _lines(folder: Path) -> int:
 
 
 def test_each_process_takes_its_share_and_rank_0_joins_them(known, tmp_path):
-    """`accelerate launch` on four processes: each decodes a quarter, the result is that of one."""
+    """`accelerate launch` on four processes: each decodes a part, the result is that of one."""
     alone = known()
     folder = tmp_path / "data"
-    listing = list_folder(folder)
+    listing, decoded = list_folder(folder), 0
     for rank in (1, 2):
         memory = Memory(folder, WHITE, folder=tmp_path / "shared", share=Share(rank, 3))
-        assert inspect_share(listing, Looking(WHITE, memory=memory)) in (1, 2)
+        decoded += inspect_share(listing, Looking(WHITE, memory=memory)).decoded
     joined = scan(folder, memory=Memory(folder, WHITE, folder=tmp_path / "shared", share=Share(0, 3)))
-    assert joined.records == alone.records and joined.problems == alone.problems and joined.decoded == 2
+    assert joined.records == alone.records and joined.problems == alone.problems
+    assert joined.decoded + decoded == 5 and decoded > 0
     assert len(list((tmp_path / "shared").rglob("*.jsonl"))) == 3
 
 
 def test_rank_0_does_the_work_of_processes_that_died(known, tmp_path, monkeypatch):
     """Nothing waits without a bound: after a while without news the rest is decoded here."""
-    monkeypatch.setattr("data_tools.inspection.PATIENCE", 0.3)
+    monkeypatch.setattr("data_tools.processes.PATIENCE", 0.3)
     memory = Memory(tmp_path / "data", WHITE, folder=tmp_path / "shared", share=Share(0, 2))
     assert scan(tmp_path / "data", memory=memory).records == known().records
 
@@ -180,7 +181,7 @@ def test_two_processes_of_a_launcher_make_one_manifest(tmp_path, save):
     assert len((tmp_path / "data/metadata.jsonl").read_text().splitlines()) == 6
     files = sorted((tmp_path / "m").rglob("*.jsonl"))
     names = [{json.loads(line)[0] for line in path.read_text().splitlines() if line} for path in files]
-    assert len(names) == 2 and names[1] == {"1.png", "3.png", "5.png"}
+    assert len(names) == 2 and 0 < len(names[1]) < 6 == len(names[0] | names[1])
 
 
 @pytest.mark.parametrize("rank, count", [("2", "2"), ("-1", "2"), ("x", "1"), ("0", "")])

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from io import BytesIO
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from data_tools.buckets import assign, make_buckets
 from data_tools.clean import Options, examine
@@ -97,12 +99,52 @@ def test_the_page_shows_every_picture_crop_copy_and_problem(faulty):
     bits = facts["clusters"][0]["copies"][2]["bits"]
     assert facts["clusters"] == [
         {"kept": "copy.png", "copies": [
-            {"file_name": "good.png", "exact": True, "mirrored": False, "bits": 0},
-            {"file_name": "mirrored.png", "exact": False, "mirrored": True, "bits": 0},
-            {"file_name": "near.jpg", "exact": False, "mirrored": False, "bits": bits},
+            {"file_name": "good.png", "of": "copy.png", "exact": True, "mirrored": False, "bits": 0},
+            {"file_name": "mirrored.png", "of": "copy.png", "exact": False, "mirrored": True, "bits": 0},
+            {"file_name": "near.jpg", "of": "copy.png", "exact": False, "mirrored": False, "bits": bits},
         ]}
     ]  # fmt: skip
     assert build(faulty)[2] == text, "the same folder gives the same page"
+
+
+def test_a_copy_of_a_copy_stands_in_the_same_group(tmp_path):
+    """Mirrored and then saved twice: three files, one decision."""
+    folder = fill(tmp_path / "set", ("good.png",))
+    ImageOps.mirror(Image.open(folder / "good.png")).save(folder / "turned.png")
+    shutil.copy(folder / "turned.png", folder / "turned too.png")
+    (cluster,) = build(folder)[0]["clusters"]
+    assert cluster["kept"] == "good.png" and {copy["file_name"] for copy in cluster["copies"]} == {
+        "turned.png", "turned too.png"
+    }  # fmt: skip
+
+
+def test_what_a_mask_leaves_out_is_drawn_over_its_picture(tmp_path):
+    """A mask that is upside down or inverted is seen at a glance, or not at all."""
+    folder = fill(tmp_path / "set", ("good.png", "small.png"))
+    size = Image.open(folder / "good.png").size
+    (folder / "masks").mkdir()
+    mask = Image.new("L", size, 0)
+    mask.paste(255, (0, 0, size[0] // 2, size[1]))
+    mask.save(folder / "masks/good.png")
+    facts, page, text = build(folder)
+    (veil,) = page.all("img", **{"class": "veil"})
+    drawn = Image.open(BytesIO(base64.b64decode(veil["src"].partition(",")[2]))).convert("RGBA").getchannel("A")
+    left, right = drawn.getpixel((drawn.width // 4, 9)), drawn.getpixel((drawn.width * 3 // 4, 9))
+    assert left == 0 and right > 128
+    assert facts["summary"]["masks"] == 1 and "1 of 2 pictures has a mask" in text and "show masks" in text
+    assert "show masks" not in build(fill(tmp_path / "plain", ("good.png",)))[2]
+
+
+def test_weights_are_shares_of_the_loss(tmp_path):
+    """Repeats and loss_weight both say how much a picture counts."""
+    folder = fill(tmp_path / "set", ("good.png", "good too.png", "small.png"))
+    rows = [
+        {"file_name": name, "text": "x", "repeats": repeats, "loss_weight": weight}
+        for name, repeats, weight in (("good.png", 2, 1.0), ("good too.png", 1, 1.0), ("small.png", 1, 3.0))
+    ]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = {(row["repeats"], row["loss_weight"]): row["share"] for row in build(folder)[0]["weights"]}
+    assert found == pytest.approx({(2, 1.0): 2 / 6, (1, 1.0): 1 / 6, (1, 3.0): 3 / 6})
 
 
 def test_crop_boxes_are_those_of_the_plan(faulty):

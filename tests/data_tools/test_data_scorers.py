@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,9 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from data_tools.errors import UsageError
-from data_tools.scorers import load_scorer
+from data_tools.errors import DataToolsError, UsageError
+from data_tools.scan import scan
+from data_tools.scorers import load_scorer, score_all
 from data_tools.scoring import choose_scorers
 from tests.conftest import ROOT
 from tests.data_tools.test_data_clean import fill
@@ -90,6 +92,19 @@ def test_scores_decide_and_are_kept_in_the_manifest(run, tmp_path, classifier):
     assert "safety" not in run("clean", fill(tmp_path / "other", ("good.png",))).stdout
 
 
+def test_a_killed_run_asks_only_for_what_is_missing(classifier, tmp_path):
+    """Models are slow: what one run has learned of a picture, the next one knows; other weights are asked again."""
+    folder = fill(tmp_path / "set", ("good.png", "good too.png", "small.png"))
+    records, scorer = scan(folder).records, load_scorer(choose_scorers(["safety"], {"safety": str(classifier)}, {})[0])
+    first = score_all(folder, records[:2], [scorer])
+    asked: list[int] = []
+    counting = replace(scorer, score=lambda images: asked.append(len(images)) or scorer.score(images))
+    assert score_all(folder, records, [counting])[:2] == first and asked == [1]
+    assert score_all(folder, records, [counting])[:2] == first and asked == [1]
+    score_all(folder, records, [replace(counting, weights="others")])
+    assert asked == [1, 3]
+
+
 def test_a_label_that_the_model_does_not_know_is_told_with_those_it_does(classifier, tmp_path):
     """Models call the same thing nsfw, porn, explicit."""
     with pytest.raises(UsageError, match=r"no label 'porn'; it has normal, nsfw"):
@@ -105,5 +120,6 @@ def test_pickled_weights_are_refused(classifier, tmp_path):
     for path in classifier.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(UsageError, match="cannot be loaded"):
+    with pytest.raises(DataToolsError, match=r"pytorch_model\.bin only") as caught:
         load_scorer(choose_scorers(["safety"], {"safety": str(tmp_path)}, {})[0])
+    assert caught.value.exit_code == 8
