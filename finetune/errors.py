@@ -77,6 +77,16 @@ class StoppedOnRequest(UserError):
     exit_code = 75
 
 
+LISTED = 8
+"""At most so many problems of one kind are listed."""
+
+
+def first_few(problems: Iterable[str]) -> list[str]:
+    """The first few problems, and how many more there are."""
+    listed = list(problems)
+    return [*listed[:LISTED], *([f"and {len(listed) - LISTED} more."] if len(listed) > LISTED else [])]
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint such as " (did you mean rank?)", or an empty string when nothing is near."""
     matches = get_close_matches(word, list(known), n=1, cutoff=0.6)

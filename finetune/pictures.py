@@ -2,49 +2,33 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-import diffusers
-import torch
 from PIL import Image
-from torch import nn
 
-from finetune.adapters import AdapterFile
-from finetune.adapters.files import ADAPTER_FILE
-from finetune.config import ModelConfig, has_word
+from finetune.config import ModelConfig
+from finetune.devices import on_device
 from finetune.errors import ConfigError, DataError
-from finetune.families import Components, ModelFamily, load_model
-from finetune.families.folders import names_folder
+from finetune.families import Components
+from finetune.prompt_lines import parse_prompt
 from finetune.run_files import load_run
+from finetune.sampling.apply import adapter_applied
 from finetune.sampling.generate import generate
-from finetune.sampling.grid import Row, contact_sheet
+from finetune.sampling.grid import Row, contact_sheet, seeds_label
 from finetune.sampling.guides import Guides
-from finetune.sampling.merging import adapter_digest, merge_first, read_adapter
-from finetune.sampling.papers import Shot, UsedAdapter, same_picture, save
+from finetune.sampling.merging import adapter_digest
+from finetune.sampling.papers import Shot, same_picture, save
 from finetune.sampling.wanted import ROLES, Wanted
-from finetune.storage import sha256_file, tensor_bytes
+from finetune.storage import sha256_file
+from finetune.studio import Studio, adapter_path, open_studio
 from finetune.tracking import Reporter
-from finetune.training.build import DTYPES, auto_dtype
-from finetune.training.devices import on_device
-
-
-@dataclass
-class _Studio:
-    """What is loaded."""
-
-    family: ModelFamily
-    components: Components
-    dtype: str
-    device: torch.device
-    adapters: list[tuple[AdapterFile, UsedAdapter]]
-    guides: Guides
-    digests: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -53,6 +37,9 @@ class _Job:
     path: Path
     row: int
     column: int
+
+
+NONE: Mapping[str, str] = MappingProxyType({})
 
 
 def sample(model: ModelConfig, wanted: Wanted, output: Path, reporter: Reporter | None = None) -> list[Path]:
@@ -67,7 +54,7 @@ def sample(model: ModelConfig, wanted: Wanted, output: Path, reporter: Reporter 
     reporter = reporter or Reporter()
     if problems := wanted.problems():
         raise ConfigError("No picture can be made:", problems)
-    studio = _open(model, wanted, reporter)
+    studio = open_studio(model, wanted, reporter)
     jobs = _jobs(studio, model, wanted, output)
     missing = [job for job in jobs if not same_picture(job.path, job.shot)]
     _tell(reporter, studio, wanted, jobs, missing, output)
@@ -81,13 +68,14 @@ def sample(model: ModelConfig, wanted: Wanted, output: Path, reporter: Reporter 
 
 def sample_again(
     shot: Shot, model: ModelConfig, adapters: Sequence[Path], pictures: dict[str, Path], output: Path,
-    reporter: Reporter | None = None, controlnet: str | None = None, merged: tuple[str, ...] = (),
+    reporter: Reporter | None = None, networks: Mapping[str, str] = NONE, merged: tuple[str, ...] = (),
 ) -> Path:  # fmt: skip
     """Make a picture again from its papers.
 
     Args:
         model: the base; its weights must have the digest that the papers name.
         adapters: the files, in the papers' order; compared by their bytes.
+        networks: "controlnet" and "refiner" -> where they lie; compared by their weights.
         merged: adapters merged into the base first; see `Wanted`.
         pictures: role -> the picture that was given then; compared by its bytes.
 
@@ -98,9 +86,12 @@ def sample_again(
     problems = []
     if len(adapters) != len(shot.adapters):
         names = ", ".join(used.name for used in shot.adapters) or "none"
-        problems.append(f"{len(adapters)} adapters are given, the picture was made with {len(shot.adapters)}: {names}.")
+        problems.append(
+            f"{len(adapters)} adapters are given, the picture was made with {len(shot.adapters)}: {names}; name them "
+            "in this order with --adapter FILE, or a run's own with --run FOLDER."
+        )
     for path, used in zip(adapters, shot.adapters, strict=False):
-        if adapter_digest(_adapter_path(path)) != used.sha256:
+        if adapter_digest(adapter_path(path)) != used.sha256:
             problems.append(f"{path} is not the {used.name} it was made with: its bytes have another SHA-256.")
     for role in ROLES:
         given = pictures.get(role)
@@ -114,16 +105,18 @@ def sample_again(
     wanted = Wanted(
         (shot.prompt,), shot.negative_prompt, shot.seed, 1, shot.steps, shot.guidance_scale, shot.width, shot.height,
         shot.scheduler, merge_first=merged, adapters=tuple(zip(adapters, strengths, strict=True)),
-        strength=shot.strength or 0.6, controlnet=controlnet, upscale=shot.upscale,
-        control_scale=1.0 if shot.control_scale is None else shot.control_scale,
+        strength=shot.strength or 0.6, controlnet=networks.get("controlnet"), upscale=shot.upscale,
+        control_scale=1.0 if shot.control_scale is None else shot.control_scale, control_from=shot.control_from,
+        refiner=(networks.get("refiner", shot.refiner), shot.refiner_start or 0) if shot.refiner else None,
         upscale_strength=shot.upscale_strength or 0.5, image=pictures.get("image"), mask=pictures.get("mask"),
         control=pictures.get("control"),
     )  # fmt: skip
     chosen = ("dtype", "clip_skip", "prompt_chunks", "prediction", "zero_terminal_snr", "t5_tokens")
     model = model.model_copy(update={name: getattr(shot, name) for name in chosen})
-    studio = _open(model, wanted, reporter)
-    if studio.digests.get("controlnet") != shot.pictures.get("controlnet"):
-        raise ConfigError("The ControlNet is not the one it was made with; name the right one with --controlnet.")
+    studio = open_studio(model, wanted, reporter)
+    for part in ("controlnet", "refiner"):
+        if studio.digests.get(part) != shot.pictures.get(part):
+            raise ConfigError(f"The {part} is not the one it was made with; name the right one with --{part}.")
     if studio.components.digest != shot.base_digest:
         raise ConfigError(
             f"The base {model.base} is not the one it was made with ({shot.base}): its weights have another digest. "
@@ -147,117 +140,40 @@ def model_of(base: str, run: Path | None) -> tuple[ModelConfig, list[Path], tupl
     return model, [run], tuple(trained.adapter.merge_first) if trained.adapter else ()
 
 
-def _open(model: ModelConfig, wanted: Wanted, reporter: Reporter) -> _Studio:
-    pictures, problems = _pictures(wanted)
-    adapters = []
-    names = names_folder(model.base)
-    for path, strength in wanted.adapters:
-        file = _adapter_path(path)
-        used = UsedAdapter(name=file.name, sha256=adapter_digest(file), strength=strength)
-        adapters.append((read_adapter(file, names), used))
-    if problems:
-        raise ConfigError("No picture can be made:", problems)
-    dtype = auto_dtype() if model.dtype == "auto" else model.dtype
-    with reporter.progress("Loading the base model", 1) as advance:
-        # keep: packed weights are for training; adapters are applied to whole ones.
-        family, components = load_model(model, DTYPES[dtype], whole=True)
-        merge_first(wanted.merge_first, family, components, names)
-        advance(1, "")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    guides = Guides(
-        pictures.get("image"), wanted.strength, pictures.get("mask"), pictures.get("control"),
-        _controlnet(wanted.controlnet, DTYPES[dtype]) if wanted.controlnet else None, wanted.control_scale,
-    )  # fmt: skip
-    digests = {role: sha256_file(path) for role in ROLES if (path := getattr(wanted, role)) is not None}
-    if guides.controlnet is not None:
-        digests["controlnet"] = _weights_digest(guides.controlnet)
-    _warn_of_triggers(adapters, wanted, reporter)
-    for read, used in adapters:
-        if read.header.base_digest and read.header.base_digest != components.digest:
-            reporter.note(f"{used.name} was made on another base ({read.header.base}); results may differ from its own")
-    return _Studio(family, components, dtype, device, adapters, guides, digests)
-
-
-def _pictures(wanted: Wanted) -> tuple[dict[str, Image.Image], list[str]]:
-    found, problems = {}, []
-    for role in ROLES:
-        path = getattr(wanted, role)
-        if path is None:
-            continue
-        try:
-            with Image.open(path) as image:
-                found[role] = image.convert("L" if role == "mask" else "RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            problems.append(f"--{role} {path} cannot be read as a picture: {error}.")
-    return found, problems
-
-
-def _adapter_path(path: Path) -> Path:
-    if path.is_dir() and (path / ADAPTER_FILE).is_file():
-        return path / ADAPTER_FILE
-    if path.is_dir() and (path / "run.json").is_file():
-        raise ConfigError(f"{path} holds a run without a finished adapter; `finetune train {path}` finishes it.")
-    if not path.exists():
-        raise ConfigError(f"--adapter {path} does not exist; name a .safetensors file, a PEFT folder or a run folder.")
-    return path
-
-
-def _controlnet(name: str, dtype: torch.dtype) -> nn.Module:
-    try:
-        loaded: nn.Module = diffusers.AutoModel.from_pretrained(name, torch_dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"--controlnet {name} cannot be loaded: {str(error).splitlines()[0]}. Name a diffusers ControlNet folder "
-            "with config.json and safetensors, or a hub id."
-        ) from None
-    return loaded.eval()
-
-
-def _weights_digest(module: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor_bytes(tensor))
-    return digest.hexdigest()
-
-
-def _warn_of_triggers(adapters: list[tuple[AdapterFile, UsedAdapter]], wanted: Wanted, reporter: Reporter) -> None:
-    for file, used in adapters:
-        for word in file.header.trigger_words:
-            silent = [prompt for prompt in wanted.prompts if not has_word(prompt, word)]
-            if silent:
-                reporter.warn(f"{used.name} was trained with the word {word!r}, which {len(silent)} prompts do not say")
-
-
-def _jobs(studio: _Studio, model: ModelConfig, wanted: Wanted, output: Path) -> list[_Job]:
+def _jobs(studio: Studio, model: ModelConfig, wanted: Wanted, output: Path) -> list[_Job]:
     family, components = studio.family, studio.components
-    own = family.native_resolution(components)
+    side = family.native_resolution(components)
+    usual: dict[str, Any] = {
+        "negative_prompt": wanted.negative_prompt, "seed": wanted.seed, "steps": wanted.steps,
+        "guidance_scale": family.usual_guidance if wanted.guidance_scale is None else wanted.guidance_scale,
+        "width": wanted.width or side, "height": wanted.height or side,
+    }  # fmt: skip
     steered = studio.guides.image is not None
     jobs = []
     for level, factor in enumerate(wanted.strengths):
         used = tuple(
             mark.model_copy(update={"strength": mark.strength * factor}) for _, mark in studio.adapters
         )
-        for column, prompt in enumerate(wanted.prompts):
+        for column, line in enumerate(wanted.prompts):
+            prompt, own_settings = parse_prompt(line)
+            settings = usual | own_settings
+            first = settings.pop("seed")
             for number in range(wanted.count):
                 shot = Shot(
-                    prompt=prompt, negative_prompt=wanted.negative_prompt, seed=wanted.seed + number,
-                    steps=wanted.steps, guidance_scale=_guidance(family, wanted), width=wanted.width or own,
-                    height=wanted.height or own, scheduler=wanted.scheduler, base=components.source,
+                    prompt=prompt, seed=first + number, **settings, scheduler=wanted.scheduler, base=components.source,
                     base_digest=components.digest, dtype=studio.dtype, clip_skip=model.clip_skip,
                     prediction=model.prediction, zero_terminal_snr=model.zero_terminal_snr, t5_tokens=model.t5_tokens,
                     prompt_chunks=model.prompt_chunks, adapters=used, pictures=studio.digests,
                     strength=wanted.strength if steered else None,
-                    control_scale=wanted.control_scale if wanted.controlnet else None, upscale=wanted.upscale,
+                    control_scale=wanted.control_scale if wanted.controlnet else None,
+                    control_from=wanted.control_from, upscale=wanted.upscale,
+                    refiner=studio.refiner.components.source if studio.refiner else None,
+                    refiner_start=studio.refiner.start if studio.refiner else None,
                     upscale_strength=wanted.upscale_strength if wanted.upscale else None,
                 )  # fmt: skip
                 path = output / f"{_slug(shot)}.png"
                 jobs.append(_Job(shot, path, level * wanted.count + number, column))
     return jobs
-
-
-def _guidance(family: ModelFamily, wanted: Wanted) -> float:
-    return family.usual_guidance if wanted.guidance_scale is None else wanted.guidance_scale
 
 
 def _slug(shot: Shot) -> str:
@@ -266,31 +182,33 @@ def _slug(shot: Shot) -> str:
 
 
 def _tell(
-    reporter: Reporter, studio: _Studio, wanted: Wanted, jobs: list[_Job], missing: list[_Job], output: Path
+    reporter: Reporter, studio: Studio, wanted: Wanted, jobs: list[_Job], missing: list[_Job], output: Path
 ) -> None:
-    shot = jobs[0].shot
+    shots = [job.shot for job in jobs]
+    sizes = dict.fromkeys(f"{shot.width} x {shot.height}" for shot in shots)
+    looks = dict.fromkeys(f"{shot.steps} steps, guidance {shot.guidance_scale:g}" for shot in shots)
     rows = [
         ("Base model", f"{studio.components.source} ({studio.family.name}), {studio.dtype} on {studio.device.type}"),
         *(("Adapter", f"{used.name} at {used.strength:g}") for _, used in studio.adapters),
+        *(
+            (("Refiner", f"{shots[0].refiner} draws the last {1 - studio.refiner.start:.0%} of the schedule"),)
+            if studio.refiner
+            else ()
+        ),
         ("Pictures", f"{len(missing)} to make" + (f", {len(jobs) - len(missing)} there" if missing != jobs else "")),
-        ("Size", f"{shot.width} x {shot.height}" + (f", then x {wanted.upscale:g}" if wanted.upscale else "")),
-        ("Sampler", f"{shot.scheduler or 'as the base has it'}, {shot.steps} steps, guidance {shot.guidance_scale:g}"),
+        ("Size", " and ".join(sizes) + (f", then x {wanted.upscale:g}" if wanted.upscale else "")),
+        ("Sampler", f"{wanted.scheduler or 'as the base has it'}, {' and '.join(looks)}"),
         ("Folder", str(output)),
     ]
     reporter.table("Plan", rows)
 
 
-def _make(studio: _Studio, wanted: Wanted, jobs: list[_Job], reporter: Reporter) -> None:
+def _make(studio: Studio, wanted: Wanted, jobs: list[_Job], reporter: Reporter) -> None:
     """Render in batches of shots that differ in prompt and seed only, and save each picture as it comes."""
-    single = wanted.upscale is not None
-    size = 1 if single else wanted.batch_size
-    batches: list[list[_Job]] = []
-    for job in jobs:
-        if batches and len(batches[-1]) < size and batches[-1][0].shot.adapters == job.shot.adapters:
-            batches[-1].append(job)
-        else:
-            batches.append([job])
-    networks = [*studio.components.modules().values()]
+    bases = [studio.components, *([studio.refiner.components] if studio.refiner is not None else [])]
+    networks = [
+        network for base in bases for network in (base.drawing() if wanted.low_memory else base.modules().values())
+    ]
     networks += [studio.guides.controlnet] if studio.guides.controlnet is not None else []
     done = 0
     with ExitStack() as stack:
@@ -298,25 +216,36 @@ def _make(studio: _Studio, wanted: Wanted, jobs: list[_Job], reporter: Reporter)
         stack.enter_context(on_device(networks, studio.device))
         if wanted.low_memory:
             _save_memory(studio.components)
-        for batch in batches:
-            for job, image in zip(batch, _draw(studio, wanted, batch), strict=True):
-                save(image, job.shot, job.path)
-                done += 1
-                advance(done, job.path.name)
+        for used, group in groupby(jobs, key=lambda job: job.shot.adapters):
+            with ExitStack() as attached:
+                for (file, _), mark in zip(studio.adapters, used, strict=True):
+                    attached.enter_context(adapter_applied(studio.family, studio.components, file, mark.strength))
+                for batch in _batches(group, 1 if wanted.upscale is not None else wanted.batch_size):
+                    for job, image in zip(batch, _draw(studio, wanted, batch), strict=True):
+                        save(image, job.shot, job.path)
+                        done += 1
+                        advance(done, job.path.name)
 
 
-def _draw(studio: _Studio, wanted: Wanted, batch: list[_Job]) -> list[Image.Image]:
+def _batches(jobs: Iterable[_Job], size: int) -> Iterator[list[_Job]]:
+    """Jobs in their order, up to `size` together that differ in nothing but prompt and seed."""
+    for _, alike in groupby(jobs, key=lambda job: job.shot.model_copy(update={"prompt": "", "seed": 0})):
+        same = list(alike)
+        yield from (same[first : first + size] for first in range(0, len(same), size))
+
+
+def _draw(studio: Studio, wanted: Wanted, batch: list[_Job]) -> list[Image.Image]:
     shot = batch[0].shot
     common: dict[str, Any] = {
         "seeds": [job.shot.seed for job in batch], "steps": shot.steps, "guidance_scale": shot.guidance_scale,
         "negative_prompt": shot.negative_prompt, "scheduler": shot.scheduler, "batch_size": len(batch),
-        "adapters": [(file, used.strength) for (file, _), used in zip(studio.adapters, shot.adapters, strict=True)],
         "emphasis": True,
     }  # fmt: skip
     prompts = [job.shot.prompt for job in batch]
     images = generate(
-        studio.family, studio.components, prompts, height=shot.height, width=shot.width, guides=studio.guides, **common
-    )
+        studio.family, studio.components, prompts, height=shot.height, width=shot.width, guides=studio.guides,
+        refiner=studio.refiner, **common,
+    )  # fmt: skip
     if shot.upscale is None:
         return images
     assert wanted.upscale_strength is not None, "has a default"
@@ -333,20 +262,23 @@ def _save_memory(components: Components) -> None:
 
 
 def _sheet(jobs: list[_Job], wanted: Wanted, path: Path) -> None:
-    columns = list(wanted.prompts)
-    cells: dict[int, list[Image.Image | None]] = {}
+    cells: dict[int, list[_Job]] = {}
     for job in jobs:
-        try:
-            with Image.open(job.path) as image:
-                cells.setdefault(job.row, [None] * len(columns))[job.column] = image.convert("RGB")
-        except (OSError, Image.DecompressionBombError) as error:
-            raise DataError(f"{job.path} cannot be read for the sheet: {error}.") from None
+        cells.setdefault(job.row, []).append(job)
     rows = []
-    for row, images in sorted(cells.items()):
-        level, number = divmod(row, wanted.count)
-        note = f"adapters x {wanted.strengths[level]:g}" if len(wanted.strengths) > 1 else ""
-        rows.append(Row(label=f"seed {wanted.seed + number}", images=images, note=note))
-    contact_sheet(rows, columns=columns).save(path)
+    for row, shown in sorted(cells.items()):
+        factor = wanted.strengths[row // wanted.count]
+        note = f"adapters x {factor:g}" if len(wanted.strengths) > 1 else ""
+        rows.append(Row(seeds_label(job.shot.seed for job in shown), [_opened(job.path) for job in shown], note))
+    contact_sheet(rows, columns=list(wanted.prompts)).save(path)
+
+
+def _opened(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} cannot be read for the sheet: {error}.") from None
 
 
 __all__ = ["Wanted", "model_of", "sample", "sample_again"]

@@ -8,8 +8,8 @@ from pathlib import Path
 from finetune.errors import ConfigError
 
 
-def parse_weighted(text: str) -> tuple[Path, float]:
-    """(path, weight) of "path@weight"; without @ the weight is 1, and a file of that very name wins.
+def parse_weighted(text: str, default: float = 1.0) -> tuple[Path, float]:
+    """(path, weight) of "path@weight"; without @ the weight is `default`, and a file of that very name wins.
 
     Raises:
         ConfigError: if what follows the last @ is no finite number and there is no such file either.
@@ -17,7 +17,7 @@ def parse_weighted(text: str) -> tuple[Path, float]:
     whole = Path(text).expanduser()
     name, at, number = text.rpartition("@")
     if not at or whole.exists():
-        return whole, 1.0
+        return whole, default
     try:
         weight = float(number)
     except ValueError:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import finetune
-from finetune.cli.app import app
+from finetune.cli.app import app, base_path
 from finetune.console import ConsoleReporter
 
 Adapter = Annotated[Path, typer.Argument(help="A .safetensors file, a PEFT folder, or a run's folder.")]
@@ -18,7 +18,11 @@ Layout = Annotated[
 ]
 Base = Annotated[
     Path | None,
-    typer.Option(help="Its base: a folder if of no published size; any, to measure what --allow-lossy loses."),
+    typer.Option(
+        help="Its base: a folder if of no published size; any, to measure what --allow-lossy loses.",
+        parser=base_path,
+        metavar="PATH",
+    ),
 ]
 Dtype = Annotated[str, typer.Option(help="fp32, fp16 or bf16; default: as in the source.")]
 
@@ -67,7 +71,9 @@ def resize(  # noqa: PLR0913, PLR0917 - what the user chooses
 @app.command()
 def extract(  # noqa: PLR0913, PLR0917 - what the user chooses
     tuned: Annotated[Path, typer.Argument(help="The trained model: a pipeline folder or a single .safetensors file.")],
-    original: Annotated[Path, typer.Argument(help="The model it was trained from.")],
+    original: Annotated[
+        Path, typer.Argument(help="The model it was trained from.", parser=base_path, metavar="ORIGINAL")
+    ],
     target: Target,
     rank: Annotated[int, typer.Option(help="The rank; with a share below: the largest rank.")] = 64,
     energy: Annotated[float, typer.Option(help="Share of the squared singular values to keep, per layer: 0.95.")] = 0.0,
@@ -78,7 +84,12 @@ def extract(  # noqa: PLR0913, PLR0917 - what the user chooses
     convolutions: Annotated[bool, typer.Option(help="Take 3x3 convolutions too.")] = True,
     to: Layout = "kohya",
     base: Annotated[
-        Path | None, typer.Option(help="Pipeline folder that names the layers of single files of no published size.")
+        Path | None,
+        typer.Option(
+            help="Pipeline folder that names the layers of single files of no published size.",
+            parser=base_path,
+            metavar="PATH",
+        ),
     ] = None,
     dtype: Dtype = "",
 ) -> None:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 import finetune
-from finetune.cli.app import app
+from finetune.cli.app import app, base_path
 from finetune.console import ConsoleReporter
 
 if TYPE_CHECKING:
@@ -27,7 +27,10 @@ COLOURS = {"yes": "green", "partly": "yellow", "no": "red"}
 def inspect_file(
     file: Annotated[Path, typer.Argument(help="A .safetensors file, a PEFT folder, or a run's folder.")],
     base: Annotated[
-        Path | None, typer.Option(help="Pipeline folder of its base, if that is of no published size.")
+        Path | None,
+        typer.Option(
+            help="Pipeline folder of its base, if that is of no published size.", parser=base_path, metavar="PATH"
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Everything, for programs.")] = False,
     hashes: Annotated[bool, typer.Option(help="Hash files above 1 GB too.")] = False,

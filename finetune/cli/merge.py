@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 import finetune
-from finetune.cli.app import app
+from finetune.cli.app import app, base_path
 from finetune.cli.convert import Base, Dtype, Layout
 from finetune.console import ConsoleReporter
 from finetune.errors import ConfigError
@@ -30,7 +30,10 @@ def merge(  # noqa: PLR0913, PLR0917 - what the user chooses
         ),
     ] = "concat",
     into: Annotated[
-        Path | None, typer.Option(help="Add them into this base: a pipeline folder or a single file.")
+        Path | None,
+        typer.Option(
+            help="Add them into this base: a pipeline folder or a single file.", parser=base_path, metavar="PATH"
+        ),
     ] = None,
     rank: Annotated[int, typer.Option(help="Of the result of svd, ties and dare; default: the largest.")] = 0,
     density: Annotated[float, typer.Option(help="Share of values that ties and dare keep.")] = 0.5,

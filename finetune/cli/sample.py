@@ -11,13 +11,19 @@ import finetune
 from finetune.cli.app import app
 from finetune.console import ConsoleReporter
 from finetune.errors import ConfigError
+from finetune.prompt_lines import read_prompts
 from finetune.run_files import checked
 from finetune.weighted import parse_weighted
 
 START, ADAPTERS, LOOK, STEER = "What to draw with", "Adapters", "The picture", "Pictures that steer"
 
 PromptsArgument = Annotated[
-    list[str] | None, typer.Argument(help="What to draw; (word:1.3) says a word louder.", show_default=False)
+    list[str] | None,
+    typer.Argument(
+        help="What to draw; (word:1.3) says a word louder. For one prompt only: a house --w 768 --h 512 --s 30 "
+        "--l 5 --d 7 --n blurry.",
+        show_default=False,
+    ),
 ]
 BaseOption = Annotated[
     str, typer.Option(help="demo, a folder, a .safetensors or a hub id; default: the run's.", rich_help_panel=START)
@@ -35,6 +41,12 @@ AdapterOption = Annotated[
 ]
 StrengthsOption = Annotated[
     str, typer.Option(metavar="0,0.5,1", help="One row of pictures per factor.", rich_help_panel=ADAPTERS)
+]
+RefinerOption = Annotated[
+    str,
+    typer.Option(
+        metavar="BASE[@0.8]", rich_help_panel=START, help="Draws the rest from this share of the schedule on (SDXL)."
+    ),
 ]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Folder of the pictures.")]
 PromptsFileOption = Annotated[Path | None, typer.Option("--prompts", help="A text file with one prompt per line.")]
@@ -59,11 +71,16 @@ ImageOption = Annotated[Path | None, typer.Option(help="A picture to change.", r
 StrengthOption = Annotated[float, typer.Option(help="How much of it to change, 0 to 1.", rich_help_panel=STEER)]
 MaskOption = Annotated[Path | None, typer.Option(help="White is repainted, black kept.", rich_help_panel=STEER)]
 ControlnetOption = Annotated[str | None, typer.Option(help="Folder or hub id.", rich_help_panel=STEER)]
-ControlOption = Annotated[Path | None, typer.Option(help="What the ControlNet sees.", rich_help_panel=STEER)]
+ControlOption = Annotated[
+    str,
+    typer.Option(
+        metavar="[canny:]PICTURE", rich_help_panel=STEER, help="What the ControlNet sees; canny: draws its edges first."
+    ),
+]
 ControlScaleOption = Annotated[float, typer.Option(help="How closely it is kept.", rich_help_panel=STEER)]
 DtypeOption = Annotated[str, typer.Option(help="fp32, bf16, fp16 or auto.")]
 BatchOption = Annotated[int, typer.Option(help="Pictures at once; more is faster and takes more memory.")]
-LowMemoryOption = Annotated[bool, typer.Option("--low-memory", help="Decode in tiles.")]
+LowMemoryOption = Annotated[bool, typer.Option("--low-memory", help="Decode in tiles; text encoders only visit.")]
 AgainOption = Annotated[
     Path | None, typer.Option("--from", metavar="PNG", help="Make this picture again, from what it says.")
 ]
@@ -74,6 +91,7 @@ def sample(  # noqa: PLR0913, PLR0917 - what the user chooses, one option each
     prompts: PromptsArgument = None,
     base: BaseOption = "",
     run: RunOption = None,
+    refiner: RefinerOption = "",
     adapter: AdapterOption = None,
     strengths: StrengthsOption = "",
     output: OutputOption = Path("samples"),
@@ -93,7 +111,7 @@ def sample(  # noqa: PLR0913, PLR0917 - what the user chooses, one option each
     strength: StrengthOption = 0.6,
     mask: MaskOption = None,
     controlnet: ControlnetOption = None,
-    control: ControlOption = None,
+    control: ControlOption = "",
     control_scale: ControlScaleOption = 1.0,
     dtype: DtypeOption = "",
     batch: BatchOption = 1,
@@ -115,28 +133,41 @@ def sample(  # noqa: PLR0913, PLR0917 - what the user chooses, one option each
     chosen = {"dtype": dtype or None, "clip_skip": clip_skip, "prompt_chunks": chunks if chunks > 1 else None}
     model = checked(type(model), model.model_dump() | {k: v for k, v in chosen.items() if v is not None})
     adapters = [(path, 1.0) for path in own] + [parse_weighted(text) for text in adapter or ()]
+    preparation, shown = _control(control)
+    second = parse_weighted(refiner, 0.8) if refiner else None
     if again is not None:
         shot = finetune.shot_of(again)
         if not base and run is None:
             model = model.model_copy(update={"base": shot.base})
-        given = {"image": image, "mask": mask, "control": control}
+        given = {"image": image, "mask": mask, "control": shown}
+        networks = {"controlnet": controlnet, "refiner": str(second[0]) if second else None}
         copy = finetune.sample_again(
             shot, model, [path for path, _ in adapters], {k: v for k, v in given.items() if v is not None}, output,
-            reporter, controlnet, merged,
+            reporter, {k: v for k, v in networks.items() if v is not None}, merged,
         )  # fmt: skip
         reporter.table("Done", [("Picture", str(copy))])
         return
     wanted = finetune.Wanted(
-        prompts=(*(prompts or ()), *_lines(prompts_file)), negative_prompt=negative, seed=seed, count=count,
+        prompts=(*(prompts or ()), *(read_prompts(prompts_file) if prompts_file else ())),
+        negative_prompt=negative, seed=seed, count=count,
         steps=steps, guidance_scale=guidance, width=width, height=height, scheduler=scheduler,
-        adapters=tuple(adapters), strengths=_numbers(strengths), image=image, mask=mask, control=control,
-        strength=strength, controlnet=controlnet, control_scale=control_scale, upscale=upscale, batch_size=batch,
+        adapters=tuple(adapters), strengths=_numbers(strengths), image=image, mask=mask, control=shown,
+        strength=strength, controlnet=controlnet, control_scale=control_scale, control_from=preparation,
+        refiner=(str(second[0]), second[1]) if second else None, upscale=upscale, batch_size=batch,
         low_memory=low_memory,
         merge_first=merged,
     )  # fmt: skip
     made = finetune.sample(model, wanted, output, reporter)
     sheet = [("Sheet", str(output / "sheet.png"))] if len(made) > 1 else []
     reporter.table("Done", [*(("Picture", str(path)) for path in made[:12]), *sheet])
+
+
+def _control(text: str) -> tuple[str | None, Path | None]:
+    """ "canny:photo.jpg" as what prepares the picture, and the picture; a file of that very name wins."""
+    preparation, colon, name = text.partition(":")
+    if not text or not colon or Path(text).exists():
+        return None, Path(text) if text else None
+    return preparation, Path(name)
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -151,13 +182,3 @@ def _number(text: str, where: str) -> float:
     if not abs(value) <= 100:
         raise ConfigError(f"{where} has {text.strip()!r} where a number belongs, such as 0.8.")
     return value
-
-
-def _lines(path: Path | None) -> list[str]:
-    if path is None:
-        return []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--prompts {path} cannot be read: {error}.") from None
-    return [line.strip() for line in lines if line.strip()]

@@ -55,8 +55,8 @@ def train(
     first; so does a file `stop` in the run folder; a file `save` saves without stopping. For several GPUs:
     `accelerate launch -m finetune train RECIPE`.
     """
-    how = finetune.Resume(resume.value, accept_data_change, strict_numerics)
-    train_and_export(load_run(recipe, overrides or ()), how)
+    run = load_run(recipe, overrides or ())
+    train_and_export(run, finetune.Resume(resume.value, accept_data_change, strict_numerics))
 
 
 @app.command()
@@ -66,7 +66,7 @@ def demo(
         Twin | None, typer.Option(help="Run the whole job on a tiny random model of this family instead.")
     ] = None,
 ) -> None:
-    """Teach the embedded base model a subject it has never seen: the whole job, on a CPU, in about five minutes."""
+    """Teach the embedded base model a subject it has never seen: the whole job, on a CPU, in about three minutes."""
     if family is None:
         finetune.run_demo(output or Path("runs/demo"), ConsoleReporter())
     else:

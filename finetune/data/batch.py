@@ -12,6 +12,7 @@ from torch import Tensor
 from finetune.data.cache import LatentCache, MaskCache, TextCache, Tokenize
 from finetune.data.captions import PLAIN, VERBATIM, CaptionRules, draw_caption, every_caption, plain_caption
 from finetune.data.dataset import Picture
+from finetune.data.holes import HoleCache
 from finetune.data.sampler import Draw
 from finetune.data.views import UNCHANGED, Augment, View, draw_view, every_view, plain
 from finetune.families.base import Conditioning, Latents, SizeConditioning
@@ -59,6 +60,7 @@ class Batch:
         images_in_step: pictures in the whole optimizer step over all processes; the loss is a mean over them.
         loss_mask: how much each place counts, (B, 1, h, w) in [0, 1]; None: all places alike.
         input_noise: what the picture is noised with when that is not `noise`, the noise to find: input perturbation.
+        beside: what an inpainting denoiser is shown besides, (B, 1 + C, h, w); None for others. See `data.holes`.
     """
 
     latents: Latents
@@ -74,6 +76,11 @@ class Batch:
     images_in_step: int
     loss_mask: Tensor | None = None
     input_noise: Tensor | None = None
+    beside: Tensor | None = None
+
+    def shown(self, noisy_latents: Tensor) -> Tensor:
+        """What the denoiser is shown: the noisy latents, (B, C, h, w), and what stands beside them."""
+        return noisy_latents if self.beside is None else torch.cat([noisy_latents, self.beside], dim=1)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
@@ -97,12 +104,14 @@ class Collator:
 
     def __init__(
         self, pictures: Sequence[Picture], latents: LatentCache, text: TextCache | Tokenize, variation: Variation,
-        *, seed: int, masks: MaskCache | None = None,
+        *, seed: int, masks: MaskCache | None = None, holes: HoleCache | None = None,
     ) -> None:  # fmt: skip
-        """Collate `pictures`; with `masks`, every batch carries one."""
+        """Collate `pictures`; with `masks` every batch carries one, with `holes` what an inpainting denoiser is shown.
+        """
         self._pictures = pictures
         self._latents = latents
         self._masks = masks
+        self._holes = holes
         self._text = text
         self._variation = variation
         self._seed = seed
@@ -110,7 +119,8 @@ class Collator:
     def with_text(self, text: TextCache) -> Collator:
         """The same collator, with captions that are encoded already."""
         return Collator(
-            self._pictures, self._latents, text, self._variation, seed=self._seed, masks=self._masks
+            self._pictures, self._latents, text, self._variation, seed=self._seed, masks=self._masks,
+            holes=self._holes,
         )  # fmt: skip
 
     def step(self, step: int, micro_batches: Sequence[Sequence[Draw]], rank: int, processes: int) -> list[Batch]:
@@ -156,6 +166,10 @@ class Collator:
         """How much each latent of the plain view counts, (1, h, w); None when no picture of the run has a mask."""
         return self._mask(plain(picture))
 
+    def beside_of(self, picture: Picture) -> Tensor | None:
+        """What an inpainting denoiser is shown of the plain view, (1 + C, h, w); None for others."""
+        return None if self._holes is None else self._holes.get(plain(picture))
+
     def caption_of(self, picture: Picture) -> str:
         """The text that a picture is validated with."""
         return plain_caption(picture.captions, self._rules(picture))
@@ -183,6 +197,7 @@ class Collator:
             images_in_step=images_in_step,
             loss_mask=torch.stack(masks) if masks else None,
             input_noise=self._input_noise(noises, draws),
+            beside=None if self._holes is None else torch.stack([self._holes.get(view) for view in views]),
         )
 
     def describe(self, captions: Sequence[str]) -> tuple[Conditioning | None, dict[str, Tensor] | None]:

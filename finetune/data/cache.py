@@ -29,7 +29,7 @@ from finetune.families.base import Conditioning, Latents
 
 VERSION = 2
 """Part of every key; counts up when the same inputs would give other values."""
-KINDS = ("latents", "masks", "text")
+KINDS = ("latents", "masks", "holes", "text")
 """The folders in a cache."""
 
 Encode = Callable[[Tensor], Latents]
@@ -78,7 +78,7 @@ class LatentCache:
         return Latents(tensors["mean"].float(), tensors["std"].float())
 
     def _key(self, view: View) -> str:
-        return _digest([view.picture.sha256, *_cut_of(view), view.jitter, self._background, self._vae_digest])
+        return digest_of([view.picture.sha256, *cut_of(view), view.jitter, self._background, self._vae_digest])
 
 
 class MaskCache:
@@ -123,7 +123,7 @@ class MaskCache:
     def _key(self, view: View) -> str:
         mask = view.picture.mask
         assert mask is not None, "views without a mask have no entry"
-        return _digest([mask.sha256, mask.is_alpha, *_cut_of(view), self._stride])
+        return digest_of([mask.sha256, mask.is_alpha, *cut_of(view), self._stride])
 
 
 @dataclass
@@ -146,7 +146,7 @@ class TextCache:
             part = unique[start : start + 1024]
             tokens = self.tokenize(part)
             for i, caption in enumerate(part):
-                self._keys[caption] = _digest(
+                self._keys[caption] = digest_of(
                     [self.text_digest, {name: ids[i].tolist() for name, ids in tokens.items()}]
                 )
 
@@ -165,11 +165,13 @@ class TextCache:
         }
 
 
-def _digest(decisive: list[Any]) -> str:
+def digest_of(decisive: list[Any]) -> str:
+    """The key of an entry, 40 hex digits, from everything that decides its value."""
     return hashlib.sha256(json.dumps([VERSION, *decisive], sort_keys=True).encode()).hexdigest()[:40]
 
 
-def _cut_of(view: View) -> list[Any]:
+def cut_of(view: View) -> list[Any]:
+    """What decides where a view is cut and which side it shows."""
     place = view.placement
     return [PIXELS, place.bucket, place.resize, place.crop_top_left, view.mirrored]
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools import buckets, scan
+from data_tools import buckets, scan, sources
 from data_tools.buckets import Placement
-from data_tools.errors import RefusedError, StorageError, grouped
+from data_tools.errors import RefusedError, grouped
 from data_tools.files import read_regular
 from data_tools.fingerprints import sha256
 from data_tools.images import MAX_FILE_BYTES
-from data_tools.memory import Memory
+from data_tools.memory import Memory, open_memory
 from data_tools.records import ImageRecord
 from data_tools.scan import Problem
 from data_tools.verdicts import without_dropped
@@ -88,12 +88,14 @@ class Cut:
         multiple: bucket sides are multiples of it.
         upscale: whether small pictures are enlarged.
         background: put behind transparent pixels.
+        holes: whether parts are hidden as well, for an inpainting base; see `data.holes`.
     """
 
     resolution: int
     multiple: int
     upscale: bool
     background: Colour
+    holes: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,20 @@ class Reading:
     class_weight: float = 1.0
     is_class: bool = False
     mask: str = "auto"
+
+
+def check_folder(field: str, folder: Path) -> None:
+    """Tell before anything is loaded that there is no folder of pictures; archives and tables are imported first.
+
+    Args:
+        field: the knob that names it, such as data.folder.
+
+    Raises:
+        DataError: `folder` is none.
+    """
+    if not folder.is_dir():
+        remedy = sources.advice(str(folder)) or "name the folder that holds the pictures."
+        raise DataError(f"{field}={folder} is no folder of pictures; {remedy}")
 
 
 def load_pictures(
@@ -156,11 +172,11 @@ def load_pictures(
 
 def _memory(folder: Path, background: Colour) -> tuple[Memory | None, list[Problem]]:
     """What earlier scans saw of the folder; a note where there is no place to remember it."""
-    try:
-        return Memory(folder, background), []
-    except StorageError as error:
-        why = "every start decodes every picture again"
-        return None, [Problem("", f"what is scanned cannot be remembered ({error})", why, "make room there", "note")]
+    memory, reason = open_memory(folder, background)
+    if reason is None:
+        return memory, []
+    why = "every start decodes every picture again"
+    return None, [Problem("", f"what is scanned cannot be remembered ({reason})", why, "make room there", "note")]
 
 
 def _settle(folder: Path, record: ImageRecord, placement: Placement, reading: Reading) -> Picture:

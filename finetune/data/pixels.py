@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import PIL
 import torch
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance
 from torch import Tensor
 
 from data_tools.buckets import Placement
 from data_tools.errors import RefusedError
 from data_tools.files import read_regular
 from data_tools.fingerprints import sha256
-from data_tools.images import DECODER, FORMATS, MAX_FILE_BYTES, decode
+from data_tools.images import DECODER, MAX_FILE_BYTES, decode, opacity
 from finetune.data.dataset import Colour, Picture
 from finetune.data.views import Jitter, View
 from finetune.errors import DataError
@@ -75,14 +74,18 @@ def mask_values(view: View, stride: int) -> Tensor:
     Args:
         stride: pixels per latent along one side.
     """
+    values: Tensor = torch.nn.functional.avg_pool2d(mask_pixels(view)[None].float() / 255, stride)[0]
+    return values
+
+
+def mask_pixels(view: View) -> Tensor:
+    """The mask of a view, cut and mirrored as its picture, shape (1, H, W), uint8."""
     mask = view.picture.mask
     assert mask is not None, "only pictures with a mask are asked for it"
     data = _bytes_of(mask.path, mask.sha256, view.picture)
-    grey = _opacity(data) if mask.is_alpha else decode(data)[0].convert("L")
+    grey = opacity(data) if mask.is_alpha else decode(data)[0].convert("L")
     pixels = cut(grey, view.placement)
-    pixels = pixels.flip(-1) if view.mirrored else pixels
-    values: Tensor = torch.nn.functional.avg_pool2d(pixels[None].float() / 255, stride)[0]
-    return values
+    return pixels.flip(-1) if view.mirrored else pixels
 
 
 def cut(image: Image.Image, placement: Placement) -> Tensor:
@@ -106,12 +109,6 @@ def _pixels(image: Image.Image) -> Tensor:
     """An RGB or L picture as uint8 of shape (channels, H, W), channels last in memory."""
     array = np.array(image)
     return torch.from_numpy(array if array.ndim == 3 else array[..., None]).permute(2, 0, 1)
-
-
-def _opacity(data: bytes) -> Image.Image:
-    """How opaque each pixel is, upright, in mode L; 255 everywhere for a picture without transparency."""
-    image = ImageOps.exif_transpose(Image.open(BytesIO(data), formats=[f for f in FORMATS if f in Image.OPEN]))
-    return image.convert("RGBA").getchannel("A")
 
 
 def _coloured(image: Image.Image, jitter: Jitter) -> Image.Image:

@@ -26,17 +26,19 @@ class Augment:
         flip: mirror every other draw, left to right.
         random_crop: cut the bucket out anywhere in the resized picture.
         color_jitter: largest change of brightness, contrast and saturation, as a share of 1.
-        versions: of each picture, the plain one included, when one of the two above is on.
+        holes: hide another part of the picture in every version, for inpainting bases; see `data.holes`.
+        versions: of each picture, the plain one included, when one of the three above is on.
     """
 
     flip: bool = False
     random_crop: bool = False
     color_jitter: float = 0.0
+    holes: bool = False
     versions: int = 1
 
     def count(self) -> int:
         """Versions of each picture; 1 where nothing but the side varies."""
-        return self.versions if self.random_crop or self.color_jitter > 0 else 1
+        return self.versions if self.random_crop or self.color_jitter > 0 or self.holes else 1
 
 
 UNCHANGED = Augment()
@@ -45,12 +47,13 @@ UNCHANGED = Augment()
 
 @dataclass(frozen=True)
 class View:
-    """One picture shown in one way."""
+    """One picture shown in one way; `version` counts only where it decides which part is hidden."""
 
     picture: Picture
     placement: Placement
     mirrored: bool = False
     jitter: Jitter | None = None
+    version: int = 0
 
     @property
     def crop_top_left(self) -> tuple[int, int]:
@@ -89,4 +92,5 @@ def _version(picture: Picture, augment: Augment, number: int) -> View:
     across, down, *colours = (chance.random() for _ in range(5))
     placement = move(picture.placement, slack(across, down)) if augment.random_crop else picture.placement
     brightness, contrast, saturation = (1 + augment.color_jitter * (2 * share - 1) for share in colours)
-    return View(picture, placement, jitter=(brightness, contrast, saturation) if augment.color_jitter > 0 else None)
+    jitter = (brightness, contrast, saturation) if augment.color_jitter > 0 else None
+    return View(picture, placement, jitter=jitter, version=number if augment.holes else 0)

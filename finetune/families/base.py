@@ -111,6 +111,10 @@ class Components:
             named["vae"] = self.vae
         return named
 
+    def drawing(self) -> list[nn.Module]:
+        """What is needed all through drawing: the denoiser and the autoencoder. Text encoders only visit."""
+        return [self.denoiser, *([self.vae] if self.vae is not None else [])]
+
 
 @dataclass(frozen=True)
 class ModelFamily(ABC):
@@ -124,6 +128,8 @@ class ModelFamily(ABC):
     """What the pipeline calls its denoiser: "unet" or "transformer"; also the prefix of its parameters on disk."""
     pipeline_class: ClassVar[str]
     """The diffusers pipeline class that loads and samples this family."""
+    inpainting_class: ClassVar[str | None] = None
+    """The one for a denoiser that is also shown a mask and the masked picture; None where there is none."""
     text_encoders: ClassVar[tuple[str, ...]]
     """The pipeline's text encoders, in order."""
     optional_text_encoders: ClassVar[frozenset[str]] = frozenset()
@@ -133,7 +139,7 @@ class ModelFamily(ABC):
     bucket_multiple: ClassVar[int]
     """Bucket sides are multiples of this, in pixels."""
     modelspec_architecture: ClassVar[str]
-    """The architecture id of Stability-AI/ModelSpec 1.0.1, without the "/lora" suffix."""
+    """The architecture id of Stability-AI/ModelSpec 1.0.1, without the "/lora" suffix; see `modelspec`."""
     kohya_base_version: ClassVar[str]
     """The value readers expect under `ss_base_model_version`."""
     kohya_prefixes: ClassVar[dict[str, str]]
@@ -183,7 +189,13 @@ class ModelFamily(ABC):
         conditioning: Conditioning,
         sizes: SizeConditioning,
     ) -> Tensor:
-        """The denoiser's raw prediction, shape of `noisy_latents`; `timesteps` (B,) in the model's own unit."""
+        """The denoiser's raw prediction, shape (B, C, h, w).
+
+        Args:
+            noisy_latents: (B, C, h, w); with what an inpainting denoiser is shown behind them, (B, 2 C + 1, h, w): the
+                mask, 1 where the picture is hidden, then the latents of the picture that is left.
+            timesteps: (B,), in the model's own unit.
+        """
 
     @abstractmethod
     def latent_multiple(self, denoiser: nn.Module) -> int:
@@ -192,6 +204,10 @@ class ModelFamily(ABC):
     @abstractmethod
     def notes(self, denoiser_config: Mapping[str, Any], scheduler_config: Mapping[str, Any]) -> list[str]:
         """What a user should know of a checkpoint with this configuration before training on it."""
+
+    def modelspec(self, denoiser_config: Mapping[str, Any], scheduler_config: Mapping[str, Any]) -> str:
+        """The ModelSpec architecture id of this very checkpoint."""
+        return self.modelspec_architecture
 
     def encode_images(self, vae: nn.Module, pixel_values: Tensor) -> Latents:
         """Encode pictures of shape (B, 3, H, W) in [-1, 1] into scaled latents of shape (B, C, h, w).
@@ -283,10 +299,22 @@ class ModelFamily(ABC):
         assert components.vae is not None, "the autoencoder is loaded with the base and dropped after caching"
         return self.vae_stride(components.vae) * self.latent_multiple(components.denoiser)
 
-    def latent_channels(self, denoiser: nn.Module) -> int:
-        """Channels of the latents that the denoiser predicts."""
+    def input_channels(self, denoiser: nn.Module) -> int:
+        """Channels of what `predict` is given: the noisy latents, and what an inpainting denoiser is shown besides."""
         config: Any = denoiser.config
         return int(config.in_channels) // self.packing**2
+
+    def repaints(self, denoiser_config: Mapping[str, Any]) -> bool:
+        """Whether the denoiser is an inpainting one: also shown a mask and the latents of the picture outside of it.
+
+        Source: Rombach et al. 2022, arXiv:2112.10752, section 4.5, as in the inpainting models of Runway and Stability.
+        """
+        latents = denoiser_config.get("out_channels") or 0
+        return bool(latents) and denoiser_config.get("in_channels") == 2 * latents + 1
+
+    def pipeline_for(self, denoiser_config: Mapping[str, Any]) -> str:
+        """The diffusers pipeline class that loads and samples this very checkpoint."""
+        return (self.inpainting_class if self.repaints(denoiser_config) else None) or self.pipeline_class
 
     def as_picture(self, latents: Tensor, height: int, width: int) -> Tensor:
         """The pipeline's own latents as (B, C, h, w); `height` and `width` count latents."""

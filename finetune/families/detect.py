@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from finetune.errors import ConfigError
-from finetune.families.header import Header, read_header
+from finetune.header import Header, read_header
 
 PREFIX = "model.diffusion_model."
 """What the denoiser's names begin with, in files that hold more than the denoiser."""
-UNET_INPUT = "input_blocks.0.0.weight"
-INPAINTING = {9: "an inpainting model", 8: "an instruct-pix2pix or upscaling model", 5: "a depth model"}
-"""Inputs of a UNet other than four -> what they mean."""
+UNET_INPUT, UNET_OUTPUT = "input_blocks.0.0.weight", "out.2.weight"
+OTHER_INPUTS = {7: "an upscaling model", 8: "an instruct-pix2pix model", 5: "a depth model"}
+"""Inputs of a UNet that answers four channels -> what it is shown besides the noisy latents."""
 FOREIGN = {
     "distilled_guidance_layer.in_proj.bias": "Chroma",
     "single_stream_modulation.lin.weight": "Flux.2",
@@ -39,6 +39,7 @@ class Detection:
         prediction: "epsilon", "v_prediction" or "flow"; None when the file does not say.
         zero_terminal_snr: whether the last timestep is pure noise; None when the file does not say.
         reasons: what gave it away, one text each.
+        inputs: channels that an inpainting UNet reads; None: as the skeleton says.
     """
 
     family: str
@@ -46,6 +47,7 @@ class Detection:
     prediction: str | None
     zero_terminal_snr: bool | None
     reasons: tuple[str, ...] = field(default=())
+    inputs: int | None = None
 
 
 def detect_family(path: Path) -> Detection:
@@ -53,14 +55,14 @@ def detect_family(path: Path) -> Detection:
 
     Raises:
         ConfigError: if it is no whole base model of a family here, saying what it is instead.
-        UnsafeError: if its header contradicts itself.
+        CheckpointError: if it is no sound safetensors file.
     """
     return detect(read_header(path))
 
 
 def detect(header: Header) -> Detection:
     """The same from a header that was read already."""
-    names = header.entries.keys()
+    names = header.tensors.keys()
     denoiser = {name.removeprefix(PREFIX) for name in names}
     for mark, kind in FOREIGN.items():
         if mark in denoiser:
@@ -106,18 +108,26 @@ def _mmdit(header: Header, denoiser: set[str]) -> Detection | None:
 def _unet(header: Header, denoiser: set[str]) -> Detection | None:
     if UNET_INPUT not in denoiser:
         return None
-    inputs = _width(header, UNET_INPUT, 1)
-    if inputs != 4:
-        kind = INPAINTING.get(inputs or 0, "no text-to-image model")
-        raise ConfigError(
-            f"{header.path.name} is {kind}: its UNet reads {inputs} channels instead of 4. Training those needs a mask "
-            "or picture per sample, which is not offered; train on the text-to-image base and use the adapter there."
-        )
+    inputs, latents = _width(header, UNET_INPUT, 1), _width(header, UNET_OUTPUT, 0) or 4
+    repaints = inputs == 2 * latents + 1
+    if inputs != latents and not repaints:
+        raise ConfigError(f"{header.path.name} {other_inputs(inputs, latents)}")
     family, reasons = _unet_family(header, denoiser)
+    reasons += [f"its UNet reads {inputs} channels and answers {latents}: an inpainting model"] if repaints else []
     prediction, terminal, said = _prediction(header)
     reasons += said
     skeletons = {"sd2": "sd2-768" if prediction == "v_prediction" else "sd2-base", "sdxl_refiner": "sdxl-refiner"}
-    return Detection(family, skeletons.get(family, family), prediction, terminal, tuple(reasons))
+    skeleton = skeletons.get(family, family)
+    return Detection(family, skeleton, prediction, terminal, tuple(reasons), inputs if repaints else None)
+
+
+def other_inputs(inputs: int | None, latents: int) -> str:
+    """Why a UNet that is shown something else besides the noisy latents cannot be trained."""
+    return (
+        f"is {OTHER_INPUTS.get(inputs or 0, 'no text-to-image model')}: its UNet reads {inputs} channels and answers "
+        f"{latents}. Training it needs another picture for every picture, which is not offered; train on the "
+        "text-to-image base and use the adapter there."
+    )
 
 
 def _unet_family(header: Header, denoiser: set[str]) -> tuple[str, list[str]]:
@@ -129,7 +139,7 @@ def _unet_family(header: Header, denoiser: set[str]) -> tuple[str, list[str]]:
         "conditioner.embedders.0.model.": "sdxl_refiner",
     }
     for prefix, family in marks.items():
-        if any(name.startswith(prefix) for name in header.entries):
+        if any(name.startswith(prefix) for name in header.tensors):
             return family, [f"{prefix}*: the text encoder of {family}"]
     read = next((name for name in sorted(denoiser) if name.endswith(".attn2.to_k.weight")), None)
     width = _width(header, read, 1) if read else None
@@ -148,7 +158,7 @@ def _prediction(header: Header) -> tuple[str | None, bool | None, list[str]]:
         `modelspec.architecture`.
     """
     said: dict[str, str] = {}
-    if "v_pred" in header.entries:
+    if "v_pred" in header.tensors:
         said["the tensor v_pred"] = "v_prediction"
     spec = header.metadata.get("modelspec.prediction_type", "").lower()
     if spec in {"epsilon", "v", "v_prediction"}:
@@ -164,7 +174,7 @@ def _prediction(header: Header) -> tuple[str | None, bool | None, list[str]]:
             "out from its author and correct the file:",
             lines,
         )
-    terminal = True if "ztsnr" in header.entries else None
+    terminal = True if "ztsnr" in header.tensors else None
     reasons = [f"{where}: {what}" for where, what in said.items()]
     reasons += ["the tensor ztsnr: zero terminal SNR"] if terminal else []
     return next(iter(said.values()), None), terminal, reasons
@@ -172,7 +182,7 @@ def _prediction(header: Header) -> tuple[str | None, bool | None, list[str]]:
 
 def _otherwise(header: Header) -> str:
     """What a file that is no base model looks like, and what to do with it."""
-    return next(_guesses(header.entries.keys()), "its names follow no layout known here; name a whole checkpoint")
+    return next(_guesses(header.tensors.keys()), "its names follow no layout known here; name a whole checkpoint")
 
 
 def _guesses(names: Iterable[str]) -> Iterator[str]:

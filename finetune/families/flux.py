@@ -66,6 +66,10 @@ class Flux(ModelFamily):
             and denoiser_config.get("out_channels") in (None, denoiser_config.get("in_channels"))
         )
 
+    def modelspec(self, denoiser_config: Mapping[str, Any], scheduler_config: Mapping[str, Any]) -> str:
+        """Schnell is the one that is told no guidance."""
+        return self.modelspec_architecture if denoiser_config.get("guidance_embeds") else "flux-1-schnell"
+
     def encode_prompts(self, text_encoders: dict[str, nn.Module], tokens: dict[str, Tensor]) -> Conditioning:
         """T5's hidden states, shape (B, length, 4096), and CLIP's last state at the end mark, shape (B, 768)."""
         clip, t5 = self.text_encoders

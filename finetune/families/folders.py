@@ -10,7 +10,6 @@ from typing import Any
 
 import diffusers
 import torch
-import transformers
 from safetensors import SafetensorError
 
 from finetune.demo import BASE_DIR
@@ -96,7 +95,6 @@ def load(
     dtypes = {"vae": torch.float32, "default": dtype}
     if "safety_checker" in index(folder):
         given["safety_checker"] = None
-    _quiet()
     try:
         pipeline: Any = getattr(diffusers, family.pipeline_for(configs[family.denoiser])).from_pretrained(
             folder, dtype=dtypes, variant=variant, use_safetensors=True, local_files_only=True, **given
@@ -182,12 +180,6 @@ def _digests(family: ModelFamily, folder: Path, variant: str | None, names: Iter
             files += [file for file in sorted(tokenizer.glob("*")) if file.suffix in {".json", ".txt"}]
         found[name] = hashlib.sha256("".join(sha256_file(file) for file in files).encode()).hexdigest()
     return found
-
-
-def _quiet() -> None:
-    """The libraries' own progress bars would tear ours apart; loading takes a moment and has one line of ours."""
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def _first_line(error: BaseException) -> str:

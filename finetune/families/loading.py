@@ -8,7 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
+from huggingface_hub.utils.tqdm import enable_progress_bars
 
 from finetune.families import folders, originals
 from finetune.families.base import Components, ModelFamily, Reading
@@ -33,6 +36,7 @@ def load(
         ConfigError: if there is no such base, it has no safetensors, no family here knows it, or a choice contradicts
             it; whatever can be found at once is reported at once.
     """
+    _quiet()
     path = Path(base).expanduser()
     if path.suffix == FILE and not path.is_dir():
         loaded = originals.load(families, path, dtype, choices)
@@ -59,6 +63,13 @@ def load(
     for module in components.modules().values():
         module.requires_grad_(False).eval()
     return family, components
+
+
+def _quiet() -> None:
+    """The libraries' bars for loading would tear ours apart; those for downloads stay."""
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    enable_progress_bars()
 
 
 def _as_read(loaded: Loaded, asked: Reading) -> ModelFamily:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,11 +14,11 @@ from finetune.families import skeleton
 from finetune.families.base import ModelFamily
 from finetune.families.choices import Choices
 from finetune.families.detect import Detection, detect
-from finetune.families.header import Header, read_header
 from finetune.families.parts import Loaded, Replacement, replaced_configs, replaced_digests, replacements
 from finetune.families.said import Said, settled
 from finetune.families.single_file import SHOWN, Filler, part_digest
 from finetune.families.skeleton import Skeleton
+from finetune.header import Header, read_header
 from finetune.storage import sha256_file
 
 
@@ -75,7 +76,11 @@ def shipped(family: ModelFamily, found: Detection, choices: Choices) -> Skeleton
     name = found.skeleton
     if found.prediction is None and choices.prediction == "v_prediction" and len(family.skeletons) > 1:
         name = family.skeletons[1]
-    return skeleton.shipped(name)
+    shape = skeleton.shipped(name)
+    if found.inputs is None:
+        return shape
+    denoiser = shape.networks[family.denoiser] | {"in_channels": found.inputs}
+    return replace(shape, networks=shape.networks | {family.denoiser: denoiser})
 
 
 def _networks(

@@ -17,8 +17,8 @@ from torch import nn
 from finetune.errors import ConfigError, UnsafeError
 from finetune.families.base import ModelFamily, Reading
 from finetune.families.choices import NONE, Choices
-from finetune.families.header import read_header
 from finetune.families.single_file import DIFFUSERS_OWN, part_digest, part_from_file
+from finetune.header import read_header
 from finetune.storage import sha256_file
 
 PICKLED = {".ckpt", ".pt", ".pth", ".bin"}

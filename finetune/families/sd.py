@@ -8,25 +8,23 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from finetune.families import patterns, reading
-from finetune.families.base import Conditioning, ModelFamily, SizeConditioning
-from finetune.families.notes import unet_notes
+from finetune.families.base import Conditioning, SizeConditioning
 from finetune.families.original_keys import LDM_VAE, UNET, open_clip, plain
+from finetune.families.unet import UNetFamily
 
 OPEN_CLIP_WIDTH = 1024
 """What SD2's denoiser reads per token: the width of OpenCLIP ViT-H."""
 
 
-class SDFamily(ModelFamily):
+class SDFamily(UNetFamily):
     """What SD1 and SD2 share: all but the text encoder."""
 
-    denoiser = "unet"
     pipeline_class = "StableDiffusionPipeline"
+    inpainting_class = "StableDiffusionInpaintPipeline"
     text_encoders = ("text_encoder",)
     resolution = 512
-    bucket_multiple = 64
     kohya_prefixes = {"denoiser": "lora_unet", "text_encoder": "lora_te"}  # noqa: RUF012
     target_presets = patterns.presets(patterns.UNET, text_encoder=patterns.CLIP)
-    reading_options = frozenset({"clip_skip", "prompt_chunks"})
     pipeline_prompts = {"encoder_hidden_states": "prompt_embeds"}  # noqa: RUF012
 
     def encode_prompts(self, text_encoders: dict[str, nn.Module], tokens: dict[str, Tensor]) -> Conditioning:
@@ -47,15 +45,6 @@ class SDFamily(ModelFamily):
         """See `ModelFamily.predict`; the denoiser is not told the picture's size."""
         return cast(Tensor, denoiser(noisy_latents, timesteps, **conditioning).sample)
 
-    def latent_multiple(self, denoiser: nn.Module) -> int:
-        """The UNet halves once per level but the last."""
-        config: Any = denoiser.config
-        return int(2 ** (len(config.block_out_channels) - 1))
-
-    def notes(self, denoiser_config: Mapping[str, Any], scheduler_config: Mapping[str, Any]) -> list[str]:
-        """See `ModelFamily.notes`."""
-        return unet_notes(denoiser_config, scheduler_config)
-
 
 class SD1(SDFamily):
     """Stable Diffusion 1.4, 1.5 and everything fine-tuned from them, v-prediction included."""
@@ -69,8 +58,8 @@ class SD1(SDFamily):
     }  # fmt: skip
 
     def matches(self, model_index: dict[str, Any], denoiser_config: dict[str, Any]) -> bool:
-        """A text-to-image pipeline whose UNet does not read OpenCLIP's 1024-wide text."""
-        return _is_sd(model_index, denoiser_config) and denoiser_config.get("cross_attention_dim") != OPEN_CLIP_WIDTH
+        """A pipeline whose UNet does not read OpenCLIP's 1024-wide text."""
+        return self.is_ours(model_index, denoiser_config) and not _reads_open_clip(denoiser_config)
 
 
 class SD2(SDFamily):
@@ -88,13 +77,14 @@ class SD2(SDFamily):
     }  # fmt: skip
 
     def matches(self, model_index: dict[str, Any], denoiser_config: dict[str, Any]) -> bool:
-        """A text-to-image pipeline whose UNet reads OpenCLIP's 1024-wide text."""
-        return _is_sd(model_index, denoiser_config) and denoiser_config.get("cross_attention_dim") == OPEN_CLIP_WIDTH
+        """A pipeline whose UNet reads OpenCLIP's 1024-wide text."""
+        return self.is_ours(model_index, denoiser_config) and _reads_open_clip(denoiser_config)
+
+    def modelspec(self, denoiser_config: Mapping[str, Any], scheduler_config: Mapping[str, Any]) -> str:
+        """By what is predicted: kohya and ModelSpec name the v-prediction models by their 768 px."""
+        predicts_v = scheduler_config.get("prediction_type") == "v_prediction"
+        return "stable-diffusion-v2-768-v" if predicts_v else self.modelspec_architecture
 
 
-def _is_sd(model_index: dict[str, Any], denoiser_config: dict[str, Any]) -> bool:
-    return (
-        model_index.get("_class_name") == SDFamily.pipeline_class
-        and denoiser_config.get("_class_name") == "UNet2DConditionModel"
-        and denoiser_config.get("in_channels") == denoiser_config.get("out_channels")
-    )
+def _reads_open_clip(denoiser_config: dict[str, Any]) -> bool:
+    return denoiser_config.get("cross_attention_dim") == OPEN_CLIP_WIDTH

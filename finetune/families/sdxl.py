@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from finetune.families import patterns, reading
-from finetune.families.base import Conditioning, ModelFamily, SizeConditioning
-from finetune.families.notes import unet_notes
+from finetune.families.base import Conditioning, SizeConditioning
 from finetune.families.original_keys import LDM_VAE, UNET, open_clip, plain
+from finetune.families.unet import UNetFamily
 
 AESTHETIC_SCORE = 6.0
 """What the refiner is told of a picture to be drawn; diffusers' default, on a scale of 1 to 10."""
 
 
-class XLFamily(ModelFamily):
+class XLFamily(UNetFamily):
     """What SDXL and its refiner share."""
 
-    denoiser = "unet"
     resolution = 1024
-    bucket_multiple = 64
     clip_layer = 2
-    reading_options = frozenset({"clip_skip", "prompt_chunks"})
     pooled_encoders = frozenset({"text_encoder_2"})
     pipeline_prompts = {  # noqa: RUF012
         "encoder_hidden_states": "prompt_embeds", "text_embeds": "pooled_prompt_embeds",
@@ -77,21 +73,13 @@ class XLFamily(ModelFamily):
     def _told(self, sizes: SizeConditioning) -> list[Tensor]:
         """The numbers that make up `time_ids`, each of shape (B, n)."""
 
-    def latent_multiple(self, denoiser: nn.Module) -> int:
-        """The UNet halves once per level but the last."""
-        config: Any = denoiser.config
-        return int(2 ** (len(config.block_out_channels) - 1))
-
-    def notes(self, denoiser_config: Mapping[str, Any], scheduler_config: Mapping[str, Any]) -> list[str]:
-        """See `ModelFamily.notes`."""
-        return unet_notes(denoiser_config, scheduler_config)
-
 
 class SDXL(XLFamily):
     """Stable Diffusion XL 1.0 and everything fine-tuned from it, v-prediction with zero terminal SNR included."""
 
     name = "sdxl"
     pipeline_class = "StableDiffusionXLPipeline"
+    inpainting_class = "StableDiffusionXLInpaintPipeline"
     text_encoders = ("text_encoder", "text_encoder_2")
     modelspec_architecture = "stable-diffusion-xl-v1-base"
     kohya_base_version = "sdxl_base_v1-0"
@@ -108,8 +96,8 @@ class SDXL(XLFamily):
     }
 
     def matches(self, model_index: dict[str, Any], denoiser_config: dict[str, Any]) -> bool:
-        """An SDXL text-to-image pipeline with a four-input UNet."""
-        return model_index.get("_class_name") == self.pipeline_class and _four_inputs(denoiser_config)
+        """An SDXL pipeline that is told no aesthetic score."""
+        return self.is_ours(model_index, denoiser_config) and not model_index.get("requires_aesthetics_score")
 
     def _told(self, sizes: SizeConditioning) -> list[Tensor]:
         return [sizes.original_size, sizes.crop_top_left, sizes.target_size]
@@ -133,16 +121,8 @@ class SDXLRefiner(XLFamily):
 
     def matches(self, model_index: dict[str, Any], denoiser_config: dict[str, Any]) -> bool:
         """An SDXL image-to-image pipeline that is told an aesthetic score."""
-        return (
-            model_index.get("_class_name") == self.pipeline_class
-            and bool(model_index.get("requires_aesthetics_score"))
-            and _four_inputs(denoiser_config)
-        )
+        return self.is_ours(model_index, denoiser_config) and bool(model_index.get("requires_aesthetics_score"))
 
     def _told(self, sizes: SizeConditioning) -> list[Tensor]:
         score = torch.full_like(sizes.original_size[:, :1], AESTHETIC_SCORE, dtype=torch.float32)
         return [sizes.original_size, sizes.crop_top_left, score]
-
-
-def _four_inputs(denoiser_config: dict[str, Any]) -> bool:
-    return denoiser_config.get("in_channels") == denoiser_config.get("out_channels")

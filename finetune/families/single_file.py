@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from finetune.errors import ConfigError
 from finetune.families import skeleton
-from finetune.families.header import Entry, Header
 from finetune.families.original_keys import IDENTITY, INWARDS, Layout, Place, config_of
 from finetune.families.original_keys.clip import plain, surplus
 from finetune.families.text import canonical
+from finetune.header import Entry, Header
 
 TORCH_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -62,14 +62,14 @@ class Filler:
         settings = config_of(module)
         stacks = _stacks(module, component, layout, settings)
         prefixes = [prefix for prefix in layout.prefixes if prefix or alone]
-        prefix = next((p for p in prefixes if any(p + name in self._header.entries for name in stacks)), None)
+        prefix = next((p for p in prefixes if any(p + name in self._header.tensors for name in stacks)), None)
         if prefix is None:
             return None
         tied = set(getattr(module, "_tied_weights_keys", None) or ())
         missing: list[str] = []
         with self._header.path.open("rb") as file:
             for name, members in stacks.items():
-                entry = self._header.entries.get(prefix + name)
+                entry = self._header.tensors.get(prefix + name)
                 if members[0][0].form == IDENTITY:
                     _, own, shape = members[0]
                     _place(module, own, torch.eye(*shape), dtype)
@@ -84,7 +84,7 @@ class Filler:
             )
         if tied:
             cast(Any, module).tie_weights()
-        self._used |= {n for n in self._header.entries if n.startswith(prefix) and surplus(n[len(prefix) :], settings)}
+        self._used |= {n for n in self._header.tensors if n.startswith(prefix) and surplus(n[len(prefix) :], settings)}
         return module
 
     def _fill_stack(
@@ -97,7 +97,7 @@ class Filler:
             self.problems.append(f"{name} is {entry.dtype} {list(entry.shape)}, this model needs {list(wanted[0])}")
             return
         bytes_per_row = entry.size // max(sum(rows), 1)
-        start = entry.start
+        start = self._header.offset + entry.start
         for (place, own, shape), count in zip(members, rows, strict=True):
             size = bytes_per_row * count if len(members) > 1 else entry.size
             stored = (count, *entry.shape[1:]) if len(members) > 1 else entry.shape
@@ -114,11 +114,11 @@ class Filler:
     def skip(self, layout: Layout) -> None:
         """Count a network as read: the user takes it from elsewhere."""
         prefixes = tuple(prefix for prefix in layout.prefixes if prefix)
-        self._used |= {name for name in self._header.entries if name.startswith(prefixes)}
+        self._used |= {name for name in self._header.tensors if name.startswith(prefixes)}
 
     def leftovers(self) -> list[str]:
         """Tensors that nothing read, and that are not known to be of no use."""
-        return sorted(name for name in self._header.entries if name not in self._used and not OF_NO_USE.match(name))
+        return sorted(name for name in self._header.tensors if name not in self._used and not OF_NO_USE.match(name))
 
 
 Member = tuple[Place, str, tuple[int, ...]]
@@ -190,7 +190,7 @@ def part_from_file(
         raise ConfigError(f"{header.path.name} does not fit this base as its {component}:", nearest.problems)
     raise ConfigError(
         f"{header.path.name} holds no {component} for this base: its names, such as "
-        f"{', '.join(list(header.entries)[:3])}, are those of no layout known here."
+        f"{', '.join(list(header.tensors)[:3])}, are those of no layout known here."
     )
 
 

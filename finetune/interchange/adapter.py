@@ -129,6 +129,7 @@ class Adapter:
         dtype: the widest number format that the file held.
         tokens: learned word -> text encoder -> vectors of shape (vectors, width).
         candidates: families that the file fits equally well, if it says too little to choose between them.
+        guessed: whether `architecture` is only the nearest by its names, because the base is of no published size.
     """
 
     updates: dict[Place, Update]
@@ -138,6 +139,7 @@ class Adapter:
     dtype: torch.dtype = torch.float32
     tokens: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     candidates: tuple[str, ...] = ()
+    guessed: bool = False
 
     def methods(self) -> dict[str, set[str]]:
         """Component -> the methods of its layers."""

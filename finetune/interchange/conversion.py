@@ -115,6 +115,11 @@ def write(
     check_choice(to, WRITERS, "layout (--to)")
     if dtype:
         check_choice(dtype, DTYPES, "number format (--dtype)")
+    if adapter.guessed and to == "kohya":
+        raise ConfigError(
+            "The adapter is for a base of no published size, and the kohya layout spells layers by the base's family.",
+            [f"its names are nearest to {adapter.architecture.title}'s; name the folder of its base with --base."],
+        )
     number_format = DTYPES[dtype] if dtype else adapter.dtype
     number_format = torch.float32 if to == "ours" or number_format == torch.float64 else number_format
     wanted = adapter

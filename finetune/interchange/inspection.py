@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.interchange.header import Header, Tensors, clean, hash_bytes, open_tensors
-from finetune.interchange.layouts import LOSSES, OURS, Layer, blocks, weight_fits
+from finetune.header import Header, Tensors, clean, hash_bytes, open_tensors
+from finetune.interchange.layouts import LOSSES, OURS, Layer, blocks
 from finetune.interchange.names import Architecture, from_base
-from finetune.interchange.original import Piece
 from finetune.interchange.readers import READERS, Verdict, judge
-from finetune.interchange.sources import Source, open_sources
+from finetune.interchange.sources import Source, of_no_published_size, open_sources
 
 HASHED_BELOW = 1 << 30
 """Bytes; larger files are hashed only on request, which takes seconds per gigabyte."""
@@ -135,8 +134,8 @@ def inspect_file(path: Path, base: Path | None = None, *, hashes: bool = False, 
         metadata=metadata,
     )
     architecture = next((source.resolved.architecture for source in sources if source.resolved.architecture), None)
-    fitting = [_fits(source, layer) for source in sources for layer in source.resolved.layers]
-    foreign = fitting.count(False) * 2 > len(fitting)
+    fitting = [source.fits(layer) for source in sources for layer in source.resolved.layers]
+    foreign = of_no_published_size(sources)
     if architecture and foreign:
         nearest = f"its names are nearest to {architecture.title}'s"
         facts.base = f"a base of no published size; {nearest} (--base FOLDER tells)"
@@ -284,17 +283,6 @@ def _notes(facts: Facts, sources: list[Source], fitting: list[bool]) -> None:
         )
     if facts.kind == "adapter" and not facts.family and fitting:
         facts.notes.append("only its base can tell which layers it misses and which programs load it (--base).")
-
-
-def _fits(source: Source, layer: Layer) -> bool:
-    architecture = source.resolved.architecture
-    if architecture is not None and source.resolved.kind == "checkpoint":
-        return weight_fits(source.header, layer.stem, layer.meaning, architecture)
-    up = layer.parts.get("lora_B.weight")
-    if architecture is None or up is None:
-        return True
-    pieces: tuple[Piece, ...] = layer.pieces
-    return source.header.tensors[up].shape[0] == sum(piece.stop - piece.start for piece in pieces)
 
 
 def _hashes(header: Header, wanted: bool, prefix: str) -> dict[str, str]:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from finetune import storage
 from finetune.errors import ConfigError
+from finetune.header import Header, Tensors
 from finetune.interchange.adapter import InterchangeError, Place, Update
-from finetune.interchange.header import Header, Tensors
 from finetune.interchange.merging import DENSE, Part, Settings, Weighted, check_same_base
 from finetune.interchange.names import Architecture, canonical_module
 from finetune.interchange.reading import shortened
@@ -30,7 +30,7 @@ from finetune.tracking import Reporter
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 LARGEST_LOSS = 0.01
-"""Share of the change that rounding may take before the merge is refused; a test holds it equal to export's."""
+"""Share of the change that rounding may take before a merge is refused; `export` has the same limit."""
 
 
 @dataclass

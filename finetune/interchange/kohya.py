@@ -27,9 +27,10 @@ DORA_NOTE = "DoRA is written as LyCORIS does; readers other than LyCORIS apply i
 def write_kohya(adapter: Adapter, dtype: torch.dtype, lossy: bool) -> Written:
     """One file for A1111, Forge, ComfyUI, InvokeAI and sd-scripts, with LyCORIS' keys for its methods.
 
-    diffusers takes one alpha for several layers, so alpha is kept only if all layers have the same. Where ranks are
-    equal, strength is folded into lora_up until they have; where they differ, the whole strength is folded in and
-    alpha is left out, which every reader takes for alpha = rank.
+    diffusers takes one alpha for several layers of a UNet, so alpha is kept only if all layers have the same. Where
+    ranks are equal, strength is folded into lora_up until they have; where they differ, the whole strength is folded in
+    and alpha = rank: unsaid for UNets, as every reader takes it so, and said for transformers, whose networks in
+    sd-scripts (lora_flux.py, lora_sd3.py) fail without.
 
     Source: sd-scripts networks/lora.py; LyCORIS modules/*.py for the other methods' keys.
     """
@@ -42,11 +43,13 @@ def write_kohya(adapter: Adapter, dtype: torch.dtype, lossy: bool) -> Written:
     low_rank = [update for _, update in layers if update.is_low_rank]
     rank = max((update.rank or 1 for update in low_rank), default=1)
     alpha, fold = _common_alpha(low_rank)
+    always_said = adapter.architecture.denoiser != "unet"
     tensors: dict[str, Tensor] = {}
     for name, update in layers:
         if update.is_low_rank:
             written = folded(update, alpha) if fold else update
-            tensors |= {} if alpha is None else {f"{name}.alpha": torch.tensor(alpha)}
+            if alpha is not None or always_said:
+                tensors[f"{name}.alpha"] = _kohya_alpha(written)
         else:
             written = _strength_in_tensors(update)
             if update.method in UPDATES and UPDATES[update.method].scaled:
@@ -103,7 +106,19 @@ def kohya_layers(adapter: Adapter) -> Iterator[tuple[str, Update]]:
                     problems += [f"{original}: {problem}" for problem in error.problems]
     if problems:
         raise InterchangeError("Kohya's layout joins layers whose updates cannot be joined.", shortened(problems))
+    if nameless := _nameless(adapter):
+        raise InterchangeError("Kohya's layout has no names for some layers.", shortened(nameless))
     yield from sorted(joined.items())
+
+
+def _nameless(adapter: Adapter) -> list[str]:
+    """Layers that no program's original names cover, such as Flux' norms of queries and keys."""
+    component = adapter.architecture.denoiser
+    if adapter.architecture.kohya_names != "original":
+        return []
+    original = adapter.architecture.networks[component].original()
+    named = {piece.module for pieces in original.values() for piece in pieces}
+    return [f"{component}.{module} has none." for module, _ in adapter.of(component) if module not in named]
 
 
 def join(pieces: tuple[Piece, ...], updates: Mapping[str, Update], rows: int) -> Update:

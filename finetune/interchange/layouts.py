@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from finetune.header import Header
 from finetune.interchange import names
-from finetune.interchange.header import Header
 from finetune.interchange.names import Architecture, Spelled
 from finetune.interchange.original import Piece
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import ConfigError
-from finetune.interchange.header import Header, read_header
+from finetune.header import Header, read_header
 from finetune.interchange.original import SCALED, STYLES, Fused, Piece, Shape
 
 FOLDER = Path(__file__).parent / "names"

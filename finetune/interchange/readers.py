@@ -1,17 +1,18 @@
 """Which programs can use an adapter file as it is, judged by their own loading rules.
 
-Sources: diffusers 0.42 loaders/lora_conversion_utils.py; ComfyUI comfy/lora.py and comfy/lora_convert.py; A1111
-    extensions-builtin/Lora/networks.py; InvokeAI patches/lora_conversions; sd-scripts networks/lora*.py. The rules of
-    diffusers are tested against the installed library; all others were read from the published sources, and those
-    programs were not run. Programs change, so a verdict is what was published in 2026.
+Sources: diffusers 0.42 loaders/lora_conversion_utils.py; ComfyUI 0.3.64 comfy/lora.py; A1111 1.10.1
+    extensions-builtin/Lora/networks.py; InvokeAI (August 2026) patches/lora_conversions; sd-scripts (February 2026)
+    networks/lora*.py. The rules of diffusers are tested against the installed library. The others' own code was run
+    once on files for full-size models, layer by layer (docs/experiments.md); programs change.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from finetune.interchange.header import open_tensors
+from finetune.header import open_tensors
 from finetune.interchange.layouts import Layer
 from finetune.interchange.names import Architecture
 from finetune.interchange.sources import Source
@@ -65,6 +66,13 @@ def judge(reader: str, architecture: Architecture, sources: list[Source]) -> Ver
     return READERS[reader](case)
 
 
+def shortcomings(architecture: Architecture, sources: list[Source]) -> list[str]:
+    """What programs that run this kind of base make of the files, where that is not everything."""
+    running = [name for name in READERS if name.lower() in architecture.serves or name not in ("A1111", "InvokeAI")]
+    verdicts = {name: judge(name, architecture, sources) for name in running}
+    return [f"{name}: {found.reason}." for name, found in verdicts.items() if found.verdict != YES]
+
+
 def _peft_folder(reader: str) -> Verdict:
     if reader == "diffusers":
         return Verdict(
@@ -89,6 +97,10 @@ KOHYA_IN_DIFFUSERS: list[tuple[Callable[[Case], bool], Verdict]] = [
     (lambda case: case.unknown > 0, Verdict(NO, "it refuses a kohya file with keys it does not know")),
     (lambda case: case.tokens, Verdict(NO, "it refuses a kohya file with bundled learned words")),
     (lambda case: "mmdit" in _styles(case), Verdict(NO, "it has no reader for kohya files of this family")),
+    (
+        lambda case: "bfl" in _styles(case) and bool(_outside_blocks(case)),
+        Verdict(NO, "it loses Flux layers outside the blocks under these names"),
+    ),
     (
         lambda case: "dora" in case.methods,
         Verdict(PARTLY, "it drops DoRA's magnitudes from kohya files: the picture is wrong"),
@@ -127,15 +139,13 @@ def comfyui(case: Case) -> Verdict:
     """ComfyUI's LoraLoader; Forge reads by the same rules."""
     if "bare" in case.dialects:
         return Verdict(NO, "names without a network")
-    if case.unet and "diffusers" in case.dialects and not _processor_names(case):
-        text = any(layer.pieces[0].component != case.architecture.denoiser for layer in case.layers)
-        which = "only the text encoders load" if text else '"lora key not loaded" for every layer'
-        return Verdict(PARTLY if text else NO, f"diffusers names of a UNet: {which}")
-    if case.methods & {"dora"}:
-        return Verdict(PARTLY, "DoRA is applied with the norm of W instead of W + BA: near, not equal")
     if case.methods & {"ia3"}:
         return Verdict(NO, "IA3 is not read")
-    return _with_unknown(case)
+    if "dora" in case.methods and "diffusers" in case.dialects:
+        return Verdict(PARTLY, "it drops DoRA's magnitudes under diffusers names: the picture is wrong")
+    if case.methods & {"dora"}:
+        return Verdict(PARTLY, "DoRA is applied with the norm of W instead of W + BA: near, not equal")
+    return _whole(case, _missed_by_comfyui)
 
 
 def a1111(case: Case) -> Verdict:
@@ -148,22 +158,39 @@ def a1111(case: Case) -> Verdict:
         return Verdict(PARTLY, "DoRA is normalised per input: wrong without any message")
     if "kohya-diffusers" in case.dialects and (_touches(case, "add_embedding") or _touches(case, "upsamplers")):
         return Verdict(PARTLY, "add_embedding and upsamplers.0 stay unmatched under diffusers names")
-    return _with_unknown(case)
+    return _whole(case, _missed_by_a1111)
 
 
 def invokeai(case: Case) -> Verdict:
     """InvokeAI's model manager."""
     if "invokeai" not in case.architecture.serves:
         return Verdict(NO, f"it loads no adapters for {case.architecture.title}")
-    if case.unet and case.dialects - {"kohya", "kohya-diffusers"}:
+    if not case.unet:
+        return _invokeai_flux(case)
+    if case.dialects - {"kohya", "kohya-diffusers"}:
         return Verdict(NO, "it reads kohya names only for UNets")
     if {"kohya", "kohya-diffusers"} <= case.dialects and _denoiser_dialects(case) == {"kohya", "kohya-diffusers"}:
         return Verdict(NO, "it refuses files that mix original and diffusers names")
     if "dora" in case.methods:
         return Verdict(PARTLY, "DoRA is normalised per input: wrong without any message")
     odd = [layer for layer in case.layers if layer.meaning.variant.startswith("lora_te")]
-    if odd:
-        return Verdict(PARTLY, f"it skips {len(odd)} text encoder layers: {odd[0].meaning.variant}")
+    skips = f"it skips {len(odd)} text encoder layers: {odd[0].meaning.variant}" if odd else ""
+    return Verdict(PARTLY, skips) if odd else _with_unknown(case)
+
+
+def _invokeai_flux(case: Case) -> Verdict:
+    """Flux files are recognised whole or not at all."""
+    if "kohya" in case.dialects:
+        if any(layer.stem.startswith("lora_te3") for layer in case.layers):
+            return Verdict(NO, "it does not know T5's prefix lora_te3, which sd-scripts and ComfyUI share")
+        outside = _outside_blocks(case)
+        if outside - {"proj_out"}:
+            return Verdict(NO, f"it refuses the file for layers outside the blocks ({min(outside - {'proj_out'})})")
+        return Verdict(PARTLY, "it skips final_layer") if outside else _with_unknown(case)
+    if case.dialects == {"diffusers"}:
+        text = any(layer.pieces[0].component != case.architecture.denoiser for layer in case.layers)
+        if text or "norm_out.linear" in _outside_blocks(case):
+            return Verdict(NO, "it refuses diffusers names of text encoders and of norm_out")
     return _with_unknown(case)
 
 
@@ -174,10 +201,12 @@ def kohya(case: Case) -> Verdict:
     if case.methods - {"lora"}:
         named = ", ".join(sorted(case.methods - {"lora"}))
         return Verdict(PARTLY, f"{named} only through LyCORIS (network_module=lycoris.kohya)")
+    if not case.unet and any("alpha" not in layer.parts for layer in case.layers):
+        return Verdict(NO, "its networks for transformers fail on layers without alpha; `finetune convert` adds it")
     odd = [layer for layer in case.layers if layer.meaning.variant]
     if odd:
         return Verdict(PARTLY, f"it skips {len(odd)} layers: {odd[0].meaning.variant}")
-    return _with_unknown(case)
+    return _whole(case, _missed_by_kohya)
 
 
 READERS: dict[str, Callable[[Case], Verdict]] = {
@@ -188,6 +217,72 @@ READERS: dict[str, Callable[[Case], Verdict]] = {
     "kohya": kohya,
 }
 """Program -> its rules."""
+
+
+CLIP_BLOCK = re.compile(r"\.(mlp\.fc[12]|self_attn\.([qkv]|out)_proj)$")
+"""The layers of a CLIP block that adapters usually change."""
+ENDS = re.compile(r"conv_in|conv_out|conv_norm_out|time_embedding|add_embedding|proj_out|norm_out")
+"""Layers before the first block of a denoiser and after the last."""
+
+
+def _missed_by_comfyui(case: Case, layer: Layer) -> bool:
+    piece = layer.pieces[0]
+    dotted = layer.meaning.dialect == "diffusers"
+    if piece.component == case.architecture.denoiser:
+        return case.unet and dotted and ".to_" in piece.module and ".processor." not in next(iter(layer.parts.values()))
+    if layer.meaning.dialect == "comfy":
+        return False
+    if piece.component not in _clips(case):
+        return dotted
+    if len(_clips(case)) == 1 and layer.stem.startswith(("lora_te2", "text_encoder_2")):
+        return True
+    return not CLIP_BLOCK.search(piece.module) and (dotted or piece.module != "text_projection")
+
+
+def _missed_by_a1111(case: Case, layer: Layer) -> bool:
+    piece = layer.pieces[0]
+    network = case.architecture.networks[piece.component]
+    if piece.component == case.architecture.denoiser:
+        blocked = layer.method == "ia3" and len(network.layers[piece.module]) > 2
+        return blocked or (case.architecture.kohya_names == "diffusers" and piece.module == "conv_norm_out")
+    if network.checkpoint_style == "open_clip":
+        return not CLIP_BLOCK.search(piece.module)
+    return network.kohya[0] == "lora_te" and piece.module.endswith("final_layer_norm")
+
+
+def _missed_by_kohya(case: Case, layer: Layer) -> bool:
+    piece = layer.pieces[0]
+    if piece.component != case.architecture.denoiser:
+        return piece.module == "text_projection"
+    return bool(ENDS.match(piece.module))
+
+
+def _whole(case: Case, missed: Callable[[Case, Layer], bool]) -> Verdict:
+    """What is left to say of a file whose make a program knows: which of its layers it has no names for."""
+    lost = [layer for layer in case.layers if missed(case, layer)]
+    if not lost:
+        return _with_unknown(case)
+    named = f"{len(lost)} of {len(case.layers)} layers are not loaded, such as {lost[0].stem}"
+    return Verdict(NO if len(lost) == len(case.layers) else PARTLY, named)
+
+
+def _clips(case: Case) -> list[str]:
+    """The text encoders of CLIP's kind."""
+    return [
+        component
+        for component, network in case.architecture.networks.items()
+        if any(CLIP_BLOCK.search(module) for module in network.layers) and component != case.architecture.denoiser
+    ]
+
+
+def _outside_blocks(case: Case) -> set[str]:
+    """The denoiser's layers that stand in no block."""
+    return {
+        piece.module
+        for layer in case.layers
+        for piece in layer.pieces
+        if piece.component == case.architecture.denoiser and "blocks." not in piece.module
+    }
 
 
 def _with_unknown(case: Case) -> Verdict:
@@ -208,11 +303,6 @@ def _touches(case: Case, word: str) -> bool:
 
 def _denoiser_dialects(case: Case) -> set[str]:
     return {layer.meaning.dialect for layer in case.layers if layer.pieces[0].component == case.architecture.denoiser}
-
-
-def _processor_names(case: Case) -> bool:
-    own = (layer for layer in case.layers if layer.pieces[0].component == case.architecture.denoiser)
-    return all(".processor." in name for layer in own for name in layer.parts.values())
 
 
 def _mixed_leaves(case: Case) -> bool:

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, first_few
+from finetune.header import Tensors, clean, open_tensors
 from finetune.interchange.adapter import Adapter, InterchangeError, Place, Update
-from finetune.interchange.header import SHOWN, Tensors, clean, open_tensors
 from finetune.interchange.layouts import OURS, Layer
 from finetune.interchange.names import CLIP_ROOT, Architecture, published, table_of
 from finetune.interchange.original import Piece
-from finetune.interchange.sources import Source, open_sources
+from finetune.interchange.sources import Source, of_no_published_size, open_sources
 from finetune.interchange.words import read_beside, text_encoder
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -68,6 +68,7 @@ def adapter_from(path: Path, sources: list[Source]) -> Adapter:
         )
     adapter = Adapter({}, architecture, dict(sources[0].header.metadata), sources[0].layout)
     adapter.candidates = sources[0].resolved.candidates if len(sources[0].resolved.candidates) > 1 else ()
+    adapter.guessed = of_no_published_size(sources)
     problems: list[str] = []
     widest: list[torch.dtype] = []
     for source in sources:
@@ -95,8 +96,7 @@ def adapter_from(path: Path, sources: list[Source]) -> Adapter:
 
 def shortened(problems: Iterable[str]) -> list[str]:
     """The first few, cleaned for a terminal, and how many more there are."""
-    listed = [clean(problem) for problem in problems]
-    return [*listed[:SHOWN], *([f"and {len(listed) - SHOWN} more."] if len(listed) > SHOWN else [])]
+    return first_few(clean(problem) for problem in problems)
 
 
 def _kind(kind: str) -> str:

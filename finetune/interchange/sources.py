@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from finetune.errors import CheckpointError, ConfigError
-from finetune.interchange.header import Header, Tensors, read_header
-from finetune.interchange.layouts import OURS, Layer, Resolved, resolve
+from finetune.header import Header, Tensors, read_header
+from finetune.interchange.layouts import OURS, Layer, Resolved, resolve, weight_fits
 from finetune.interchange.names import Architecture, published
 
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -40,6 +40,15 @@ class Source:
     resolved: Resolved
     layout: str
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def fits(self, layer: Layer) -> bool:
+        """Whether a layer is as large as in the base that its name was found in; true where nothing tells."""
+        architecture, up = self.resolved.architecture, layer.parts.get("lora_B.weight")
+        if architecture is not None and self.resolved.kind == "checkpoint":
+            return weight_fits(self.header, layer.stem, layer.meaning, architecture)
+        if architecture is None or up is None:
+            return True
+        return self.header.tensors[up].shape[0] == sum(piece.stop - piece.start for piece in layer.pieces)
 
     def scale(self, layer: Layer, rank: int | None, tensors: Tensors) -> float:
         """What a layer's update is multiplied by, by the rules of the layout's own readers.
@@ -70,6 +79,12 @@ class Source:
 
 UNSCALED = {"oft", "boft", "diag-oft", "ia3", "full", "diff", "nothing"}
 """Methods that know no alpha."""
+
+
+def of_no_published_size(sources: Iterable[Source]) -> bool:
+    """Whether most layers have other sizes than in the base whose names they have, so that it must be another one."""
+    fitting = [source.fits(layer) for source in sources for layer in source.resolved.layers]
+    return fitting.count(False) * 2 > len(fitting)
 
 
 def open_sources(path: Path, base: Architecture | None = None) -> list[Source]:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from finetune.errors import ConfigError
+from finetune.header import Header, Tensors, open_tensors, read_header
 from finetune.interchange.adapter import InterchangeError, Place
-from finetune.interchange.header import Header, Tensors, open_tensors, read_header
 from finetune.interchange.layouts import Resolved, resolve, weight_fits
 from finetune.interchange.names import Architecture, canonical_module, from_base
 from finetune.interchange.original import Piece

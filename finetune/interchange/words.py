@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from finetune.header import open_tensors, read_header
 from finetune.interchange.adapter import Adapter, InterchangeError
-from finetune.interchange.header import open_tensors, read_header
 from finetune.interchange.layouts import WORD, resolve
 from finetune.interchange.names import Architecture
 

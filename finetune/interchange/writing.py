@@ -202,9 +202,10 @@ def _peft_config(adapter: Adapter, component: str) -> dict[str, object]:
         "task_type": None,
     }
     if method == "ia3":
-        return config | {
-            "feedforward_modules": sorted(portable(m) for m, u in updates.items() if u.tensors["ia3_l"].shape[0] == 1)
-        }
+        # keep: PEFT wants every entry of feedforward_modules to be one of target_modules too, letter for letter.
+        scaled_in = target_endings(adapter, component, _scales_inputs)
+        scaled_out = target_endings(adapter, component, lambda update: not _scales_inputs(update))
+        return config | {"target_modules": sorted({*scaled_in, *scaled_out}), "feedforward_modules": scaled_in}
     if method in ("oft", "boft"):
         return config | _rotation_config(method, updates)
     ranks = {portable(module): update.rank or 1 for module, update in updates.items()}
@@ -218,6 +219,10 @@ def _peft_config(adapter: Adapter, component: str) -> dict[str, object]:
     whole = any("lokr_w1" in update.tensors for update in updates.values())
     conv = any(key in update.tensors for update in updates.values() for key in ("hada_t1", "lokr_t2"))
     return config | {"use_effective_conv2d": conv} | ({"decompose_both": not whole} if method == "lokr" else {})
+
+
+def _scales_inputs(update: Update) -> bool:
+    return update.tensors["ia3_l"].shape[0] == 1
 
 
 def _rotation_config(method: str, updates: Mapping[str, Update]) -> dict[str, object]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -110,14 +110,16 @@ def usual(values: Mapping[str, Number]) -> tuple[Number, dict[str, Number]]:
     return usual, {module: value for module, value in sorted(values.items()) if value != usual}
 
 
-def target_endings(adapter: Adapter, component: str) -> list[str]:
-    """The shortest name endings that select exactly the adapter's layers in a network.
+def target_endings(
+    adapter: Adapter, component: str, chosen: Callable[[Update], bool] = lambda update: True
+) -> list[str]:
+    """The shortest name endings that select exactly the adapter's layers in a network, or the chosen ones of them.
 
     PEFT selects layers by the end of their names. Endings hold for every version of transformers, with `text_model.`
     or without; full names do not.
     """
     modules = [portable(name) for name in adapter.architecture.networks[component].layers]
-    wanted = {portable(module) for module, _ in adapter.of(component)}
+    wanted = {portable(module) for module, update in adapter.of(component) if chosen(update)}
     owners: dict[str, set[bool]] = {}
     for module in modules:
         for ending in _endings(module):

@@ -18,12 +18,10 @@ from torch.nn import functional
 from finetune.adapters.files import DOWN, UP, AdapterFile
 from finetune.adapters.tokens import words_applied
 from finetune.adapters.updates import LORA, UPDATES, merged_bias, merged_weight
-from finetune.errors import CheckpointError
+from finetune.errors import CheckpointError, first_few
 from finetune.families.base import Components, ModelFamily
 from finetune.families.text import installed_name
 
-SHOWN = 8
-"""At most so many problems of one kind are listed."""
 Hook = Callable[[nn.Module, Any, Tensor], Tensor]
 
 
@@ -51,11 +49,10 @@ def adapter_targets(
         problems += _misfits(file, component, name, tensors, layer)
         found[component, name] = layer
     if problems:
-        more = [f"and {len(problems) - SHOWN} more."] if len(problems) > SHOWN else []
         raise CheckpointError(
             f"The adapter does not fit the base {components.source!r}, but was made on {file.header.base!r}. "
             "Use the base it was trained on, with no other adapter attached.",
-            [*problems[:SHOWN], *more],
+            first_few(problems),
         )
     return found
 
@@ -158,11 +155,13 @@ def _misfits(
 def _low_rank(down: Tensor, up: Tensor, scale: float) -> Hook:
     def add(layer: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         narrow = inputs[0].to(down.dtype)
+        # keep: a text encoder may have moved to another device since the adapter was applied.
+        first, second = down.to(narrow.device), up.to(narrow.device)
         if isinstance(layer, nn.Conv2d):
             # The layer's own stride, padding and padding mode belong to the first half of the update.
-            change = functional.conv2d(layer._conv_forward(narrow, down, None), up)
+            change = functional.conv2d(layer._conv_forward(narrow, first, None), second)
         else:
-            change = functional.linear(functional.linear(narrow, down), up)
+            change = functional.linear(functional.linear(narrow, first), second)
         return output + (change * scale).to(output.dtype)
 
     return add
@@ -180,10 +179,11 @@ def _change(
 
     def add(layer: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         wide = inputs[0].to(delta.dtype)
+        moved, added = delta.to(wide.device), None if shift is None else shift.to(wide.device)
         if isinstance(layer, nn.Conv2d):
-            change = layer._conv_forward(wide, delta, shift)
+            change = layer._conv_forward(wide, moved, added)
         else:
-            change = functional.linear(wide, delta, shift)
+            change = functional.linear(wide, moved, added)
         return output + change.to(output.dtype)
 
     return add

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from typing import Any, cast
 
 import diffusers
@@ -16,9 +17,9 @@ from finetune.adapters.files import AdapterFile
 from finetune.errors import ConfigError, NumericError
 from finetune.families.base import Components, ModelFamily
 from finetune.sampling.apply import adapter_applied, evaluating
-from finetune.sampling.guides import Guides, pictures_for, steered
+from finetune.sampling.guides import Guides, for_base, pictures_for, steered, takes_latents
 from finetune.sampling.schedulers import SCHEDULERS, build_scheduler
-from finetune.sampling.weighting import emphasise, plain, weights
+from finetune.sampling.stages import Refiner, Relay, Stage
 
 Progress = Callable[[int, int], None]
 """Called with (denoising steps done, steps in all), over all batches."""
@@ -43,14 +44,14 @@ def generate(  # noqa: PLR0913 - what the user chooses, one keyword each
     progress: Progress | None = None,
     adapters: Sequence[Applied] = (),
     guides: Guides | None = None,
+    refiner: Refiner | None = None,
     emphasis: bool = False,
 ) -> list[Image.Image]:
     """One picture per prompt.
 
-    A picture belongs to its prompt and seed, not to the batch it was made in: every picture has its own noise
-    generator, seeded as a diffusers user would (`torch.Generator("cpu").manual_seed(seed)`), and is decoded
-    alone. What remains is that matrix kernels round differently for other batch sizes, which is below one
-    grey level in most pixels.
+    A picture belongs to its prompt and seed, not to the batch it was made in: each has its own noise generator,
+    seeded as a diffusers user would (`torch.Generator("cpu").manual_seed(seed)`), and is decoded alone. What remains
+    is that matrix kernels round differently for other batch sizes: less than a grey level in most pixels.
 
     Args:
         prompts: what to draw.
@@ -65,6 +66,7 @@ def generate(  # noqa: PLR0913 - what the user chooses, one keyword each
         adapters: applied, unmerged, while the pictures are made. None samples the networks as they are,
             including whatever a training run has attached to them.
         guides: a picture to change, a mask, or a control picture.
+        refiner: draws the last of the steps; adapters and control pictures steer the first base only.
         emphasis: read brackets in prompts as emphasis; see `weighting`. Otherwise they are plain text.
 
     Raises:
@@ -72,7 +74,7 @@ def generate(  # noqa: PLR0913 - what the user chooses, one keyword each
         CheckpointError: if the adapter does not fit the base.
         NumericError: if a picture is not finite.
     """
-    guides = guides or Guides()
+    guides = for_base(guides or Guides(), family, components)
     guidance = family.usual_guidance if guidance_scale is None else guidance_scale
     problems = [
         *_unread_problems(family, negative_prompt),
@@ -82,26 +84,25 @@ def generate(  # noqa: PLR0913 - what the user chooses, one keyword each
     ]
     if problems:
         raise ConfigError("No picture can be made:", problems)
+    size = _size(family, components, height, width)
     batches = [range(len(prompts))[first : first + batch_size] for first in range(0, len(prompts), batch_size)]
     pictures: list[Image.Image] = []
-    size = _size(family, components, height, width)
-    negative = negative_prompt if guidance > 1 and not family.distilled_guidance else None
     with ExitStack() as stack:
         stack.enter_context(evaluating(components))
         for file, strength in adapters:
             stack.enter_context(adapter_applied(family, components, file, strength))
-        stack.enter_context(_one_dtype(family, components))
+        stack.enter_context(_one_dtype(family, components, refiner, guides))
         pipeline = steered(build_pipeline(family, components, scheduler), guides)
-        for number, batch in enumerate(batches):
-            latents = _run(
-                pipeline,
-                **_words(family, components, [prompts[index] for index in batch], negative, emphasis=emphasis),
-                **_canvas(family, components, pipeline, guides, size, len(batch)),
+        stage = Stage(family, components, pipeline, negative_prompt, guidance, emphasis)
+        relay = stage.then(refiner, partial(build_pipeline, scheduler=scheduler)) if refiner else Relay(stage)
+        said = relay.words([[prompts[index] for index in batch] for batch in batches])
+        for number, (batch, words) in enumerate(zip(batches, said, strict=True)):
+            latents = relay.run(
+                words,
+                _canvas(family, components, pipeline, guides, size, len(batch)),
+                partial(_reporter, progress, number, len(batches), guides.steps(steps)),
                 num_inference_steps=steps,
-                guidance_scale=guidance,
                 generator=[torch.Generator().manual_seed(seeds[index]) for index in batch],
-                output_type="latent",
-                callback_on_step_end=_reporter(progress, number, guides.steps(steps), len(batches)),
             )
             latents = family.as_picture(latents, *_latent_size(family, components, height, width))
             for index, latent in zip(batch, latents, strict=True):
@@ -115,7 +116,7 @@ def build_pipeline(family: ModelFamily, components: Components, scheduler: str |
     Raises:
         ConfigError: if the scheduler's name is not known.
     """
-    constructor = getattr(diffusers, family.pipeline_class)
+    constructor = getattr(diffusers, family.pipeline_for(cast(Any, components.denoiser).config))
     parts: dict[str, Any] = {
         family.denoiser: components.denoiser,
         "vae": components.vae,
@@ -138,60 +139,6 @@ def build_pipeline(family: ModelFamily, components: Components, scheduler: str |
     pipeline = constructor(**arguments)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def _words(
-    family: ModelFamily, components: Components, prompts: list[str], negative: str | None, *, emphasis: bool
-) -> dict[str, Tensor]:
-    """The prompts, and what guidance steers away from unless there is none."""
-    told = _told(family, components, prompts, "", emphasis=emphasis)
-    if negative is not None:
-        told |= _told(family, components, [negative] * len(prompts), "negative_", emphasis=emphasis)
-    return told
-
-
-def _told(
-    family: ModelFamily, components: Components, prompts: list[str], prefix: str, *, emphasis: bool
-) -> dict[str, Tensor]:
-    """Prompts as training reads them, as arguments of the pipeline's call."""
-    device = family.device_of(next(iter(components.text_encoders.values())))
-    words = [plain(prompt) for prompt in prompts] if emphasis else prompts
-    tokens = {name: ids.to(device) for name, ids in family.tokenize(components.tokenizers, words).items()}
-    conditioning = family.encode_prompts(components.text_encoders, tokens)
-    if emphasis:
-        conditioning |= _emphasised(family, components, prompts, conditioning)
-    return {prefix + argument: conditioning[name] for name, argument in family.pipeline_prompts.items()}
-
-
-def _run(pipeline: Any, **arguments: Any) -> Tensor:
-    """The pipeline's latents; what it refuses becomes words."""
-    try:
-        return cast(Tensor, pipeline(**arguments).images)
-    except ValueError as error:
-        raise ConfigError(
-            f"{type(pipeline).__name__} refuses: {str(error).splitlines()[0]}",
-            ["diffusers draws what is asked for with other bases; leave out the picture, mask or control picture."]
-            if "image" in arguments
-            else [],
-        ) from error
-
-
-def _emphasised(
-    family: ModelFamily, components: Components, prompts: list[str], conditioning: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """The encoded tokens with those in brackets made louder; empty if no prompt has any."""
-    states = conditioning["encoder_hidden_states"]
-    tokenizer = next(iter(components.tokenizers.values()))
-    found = [weights(prompt, tokenizer, states.shape[1]) for prompt in prompts]
-    if all(row is None for row in found):
-        return {}
-    if family.t5_tokens:
-        raise ConfigError(
-            f"{prompts[0]!r} has emphasis in brackets, which is defined for CLIP; {family.name} also reads T5. Take "
-            "the brackets out, or put a backslash before each to mean it plainly."
-        )
-    factors = torch.stack([torch.ones(states.shape[1]) if row is None else row for row in found])
-    return {"encoder_hidden_states": emphasise(states, factors.to(states.device))}
 
 
 def _size(family: ModelFamily, components: Components, height: int | None, width: int | None) -> tuple[int, int]:
@@ -250,9 +197,13 @@ def _size_problems(family: ModelFamily, components: Components, sizes: dict[str,
     ]
 
 
-def _one_dtype(family: ModelFamily, components: Components) -> AbstractContextManager[Any]:
-    """Autocast if the networks are held in different number formats, as in mixed training."""
-    networks = [components.denoiser, *components.text_encoders.values()]
+def _one_dtype(
+    family: ModelFamily, components: Components, refiner: Refiner | None, guides: Guides
+) -> AbstractContextManager[Any]:
+    """Autocast if the networks that the pipeline runs are held in different number formats, as in mixed training."""
+    networks: list[Any] = [components.denoiser, *components.text_encoders.values()]
+    networks += [] if refiner is None else [refiner.components.denoiser]
+    networks += [components.vae] if guides.image is not None and not takes_latents(guides, components) else []
     # keep: weights of one byte are storage; their layers say themselves what they compute in.
     every = {parameter.dtype for root in networks for parameter in root.parameters()}
     dtypes = {dtype for dtype in every if dtype.itemsize > 1}
@@ -279,15 +230,20 @@ def _decode(family: ModelFamily, components: Components, latent: Tensor, what: s
     return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
 
 
-def _reporter(progress: Progress | None, batch: int, steps: int, batches: int) -> Any:
+def _reporter(
+    progress: Progress | None, batch: int, batches: int, steps: int, first: float, last: float
+) -> Any:
+    """A callback for the part of a batch's steps from the share `first` to the share `last`."""
+    before, span = round(steps * first), round(steps * last) - round(steps * first)
+
     def report(pipeline: Any, step: int, timestep: Any, arguments: dict[str, Any]) -> dict[str, Any]:
         if progress is not None:
             # keep: Heun and PNDM call the denoiser more often than once per step.
-            done = (step + 1) * steps // max(1, pipeline.num_timesteps)
-            progress(batch * steps + min(done, steps), batches * steps)
+            done = (step + 1) * span // max(1, pipeline.num_timesteps)
+            progress(batch * steps + before + min(done, span), batches * steps)
         return arguments
 
     return report
 
 
-__all__ = ["SCHEDULERS", "Applied", "Progress", "build_pipeline", "generate"]
+__all__ = ["SCHEDULERS", "Applied", "Progress", "Refiner", "build_pipeline", "generate"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
@@ -42,6 +42,12 @@ class Row:
     images: Sequence[Image.Image | None]
     note: str = ""
     accent: bool = False
+
+
+def seeds_label(seeds: Iterable[int]) -> str:
+    """The label of a row whose pictures have these seeds."""
+    shown = sorted(set(seeds))
+    return f"seed{'s' if len(shown) > 1 else ''} {', '.join(map(str, shown))}"
 
 
 @dataclass(frozen=True)

@@ -67,11 +67,17 @@ class Shot(Section):
     adapters: tuple[UsedAdapter, ...] = ()
     """In the order they were applied."""
     pictures: dict[str, str] = Field(default_factory=dict)
-    """Role (image, mask, control, controlnet) -> SHA-256 of what was given."""
+    """Role (image, mask, control, controlnet) -> SHA-256 of what was given; of a refiner, that of its weights."""
     strength: float | None = None
     """Share of the noise schedule run on the given picture; None without one."""
     control_scale: float | None = None
     """How strongly the control picture is followed; None without one."""
+    control_from: str | None = None
+    """What made the control picture out of the given one, e.g. canny; None showed it as it is."""
+    refiner: str | None = None
+    """What the user called the base that drew the last steps; None drew all with one."""
+    refiner_start: float | None = None
+    """Share of the noise schedule where the refiner took over."""
     upscale: float | None = None
     """Factor of the second pass; None is one pass."""
     upscale_strength: float | None = None
@@ -96,6 +102,7 @@ class Shot(Section):
             "Model": self.base,
             **({"Clip skip": self.clip_skip} if self.clip_skip else {}),
             **({"Denoising strength": f"{self.strength:g}"} if self.strength is not None else {}),
+            **({"Refiner": self.refiner, "Refiner switch at": f"{self.refiner_start:g}"} if self.refiner else {}),
             **({"Hires upscale": f"{self.upscale:g}"} if self.upscale else {}),
         }
         if self.adapters:

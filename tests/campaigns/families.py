@@ -29,7 +29,10 @@ from finetune.training.trainer import train
 
 ROOT = Path(__file__).parent.parent.parent
 PAGE = ROOT / "docs" / "families.md"
-FORMATS = ("diffusers", "kohya", "peft", "merged")
+FORMATS = ("diffusers", "kohya", "peft", "merged", "single-file")
+INPAINTING = " inpainting"
+"""Behind a family's name: its inpainting model."""
+NAMES = [*FAMILIES, *(f"{name}{INPAINTING}" for name, family in FAMILIES.items() if family.inpainting_class)]
 HEAD = """# What works with which family
 
 Written by `python -m tests.campaigns.families` on the tiny twins (`finetune.families.twins`): the real classes at toy
@@ -39,12 +42,12 @@ to the bit, a resumed run the same adapter to the bit, and an exported file is r
 
 
 class Subject:
-    """One family's twin and what became of it."""
+    """One family's twin, plain or inpainting, and what became of it."""
 
     def __init__(self, name: str, folder: Path) -> None:
-        self.name = name
+        self.name = name.removesuffix(INPAINTING)
         self.folder = folder
-        write_twin(name, folder / "base")
+        write_twin(self.name, folder / "base", inpainting=name.endswith(INPAINTING))
         write_subject_pictures(folder / "pictures", 6)
 
     def run(self, where: str, steps: int):
@@ -138,11 +141,11 @@ def tried(subject: Subject, stage: Callable[[Subject], None]) -> str | None:
 def main() -> None:
     """Try everything and write the page."""
     torch.set_num_threads(1)
-    names = sys.argv[1:] or list(FAMILIES)
+    names = sys.argv[1:] or NAMES
     outcomes: dict[str, dict[str, str | None]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
-            subject = Subject(name, Path(folder) / name)
+            subject = Subject(name, Path(folder) / name.replace(" ", "-"))
             outcomes[name] = {stage: tried(subject, run) for stage, run in STAGES.items()}
             print(name, {stage: why or "yes" for stage, why in outcomes[name].items()}, flush=True)
     lines = [HEAD, f"| | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
+from data_tools.errors import DataToolsError
 from finetune.data.captions import CaptionRules
-from finetune.data.dataset import Reading, check_trigger, dataset_changes, fingerprint, load_pictures
+from finetune.data.dataset import Reading, check_folder, check_trigger, dataset_changes, fingerprint, load_pictures
 from finetune.data.split import groups, overlap, split_holdout
 from finetune.errors import ConfigError, DataError
 from tests.data.conftest import CUT, pictures_in
@@ -180,3 +183,21 @@ def test_class_rows_are_never_held_out(folder):
     training, held, _ = split_holdout(pictures_in(folder), 2, seed=1)
     assert len(held) == 2 and not any(p.is_class for p in held)
     assert sum(p.is_class for p in training) == 1
+
+
+def test_what_must_be_imported_first_is_told_with_the_command(pictures, tmp_path):
+    """A dataset id, a zip, parquet files: the next command stands in the message, before anything is loaded."""
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards/0.parquet").write_bytes(b"PAR1")
+    (tmp_path / "my photos.zip").write_bytes(b"PK")
+    for place, words in (
+        ("hub:owner/name", "`finetune data import hub:owner/name -o photos`"),
+        ("owner/name", "or, if it is a dataset of the hub"),
+        (str(tmp_path / "my photos.zip"), f"`finetune data import '{tmp_path}/my photos.zip' -o photos`"),
+        (str(tmp_path / "nothing"), "name the folder that holds the pictures"),
+    ):
+        with pytest.raises(DataError, match=re.escape(words)):
+            check_folder("data.folder", Path(place))
+    check_folder("data.folder", pictures)
+    with pytest.raises(DataToolsError, match=r"no picture in .*finetune data import .*shards"):
+        load_pictures(tmp_path / "shards", CUT)

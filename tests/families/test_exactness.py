@@ -228,3 +228,16 @@ def test_guidance_strength_reaches_a_distilled_denoiser(twins):
 def test_reading_has_no_other_defaults():
     """A family in the table has nothing chosen."""
     assert all(family.reading == Reading() for family in FAMILIES.values())
+
+
+def test_checkpoints_are_named_as_modelspec_names_them():
+    """Programs choose by this id how to load a file; the 768 px SD2 and schnell have ids of their own."""
+    named = {
+        (name, family.modelspec({"guidance_embeds": told}, {"prediction_type": predicted}))
+        for name, family in FAMILIES.items()
+        for told, predicted in ((True, "epsilon"), (False, "v_prediction"))
+    }
+    assert {
+        ("sd1", "stable-diffusion-v1"), ("sd2", "stable-diffusion-v2-512"), ("sd2", "stable-diffusion-v2-768-v"),
+        ("sdxl", "stable-diffusion-xl-v1-base"), ("flux", "flux-1-dev"), ("flux", "flux-1-schnell"),
+    } <= named  # fmt: skip

@@ -9,11 +9,12 @@ import diffusers
 import pytest
 import torch
 
-from finetune.errors import ConfigError, UnsafeError
+from finetune.errors import CheckpointError, ConfigError
 from finetune.families import FAMILIES, Choices, detect_family, load_family
-from finetune.families.header import read_header
-from finetune.families.original_keys import to_original
+from finetune.families.original_keys import config_of, to_original
 from finetune.families.skeleton import shipped, tokenizer
+from finetune.families.text import canonical
+from finetune.interchange.original import STYLES
 from finetune.storage import write_safetensors
 
 WHOLE = sorted(set(FAMILIES) - {"flux"})
@@ -224,37 +225,47 @@ def test_the_shipped_tokenizer_is_clips_own():
         tokenizer({"kind": "t5"}, "text_encoder_3")
 
 
-def header_file(path, document, body=b""):
-    text = document if isinstance(document, bytes) else json.dumps(document).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + body)
-    return path
+def test_a_damaged_base_is_refused_with_all_that_is_wrong(tmp_path):
+    """Checkpoints come from strangers and slow downloads; tests/interchange/test_header.py has all damages."""
+    path = tmp_path / "x.safetensors"
+    path.write_bytes((10**15).to_bytes(8, "little") + b"{}")
+    with pytest.raises(CheckpointError, match=r"not a sound safetensors file.*fetch it again"):
+        load_family(str(path))
+    text = json.dumps({"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}, "__metadata__": {"a": 1}}).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    with pytest.raises(CheckpointError) as refused:
+        detect_family(path)
+    assert len(refused.value.problems) == 2
 
 
-@pytest.mark.parametrize(
-    ("document", "error", "says"),
-    [
-        ({"a": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 4]}}, UnsafeError, "needs"),
-        ({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, UnsafeError, "whole numbers"),
-        ({"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}, UnsafeError, "not known"),
-        ({"a": {"dtype": "U8", "shape": [9], "data_offsets": [0, 9]}}, UnsafeError, "the file at"),
-        ({n: {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]} for n in "ab"}, UnsafeError, "overlaps"),
-        (b'{"a": 1, "a": 2}', UnsafeError, "stands twice"),
-        (b"[" * 5000, ConfigError, "not JSON"),
-        ({"__metadata__": {"a": 1}}, UnsafeError, "texts only"),
-    ],
-    ids=["huge", "negative", "format", "outside", "overlap", "twice", "deep", "metadata"],
-)
-def test_hostile_headers_are_refused(document, error, says, tmp_path):
-    """Checkpoints come from strangers; a header that lies must end in a message."""
-    with pytest.raises(error, match=says):
-        read_header(header_file(tmp_path / "x.safetensors", document, b"\0" * 4))
+STYLES_OF = {
+    ("sd1", "unet"): "ldm", ("sd2", "unet"): "ldm", ("sdxl", "unet"): "ldm", ("sdxl_refiner", "unet"): "ldm",
+    ("sd3", "transformer"): "mmdit", ("flux", "transformer"): "bfl", ("sd1", "text_encoder"): "same",
+    ("sd2", "text_encoder"): "open_clip", ("sdxl", "text_encoder_2"): "open_clip",
+}  # fmt: skip
+"""Networks that both tables of original names know -> what `finetune.interchange` calls their layout."""
 
 
-def test_a_file_cut_short_is_said_to_be(tmp_path):
-    """The commonest damage of a download."""
-    (tmp_path / "x.safetensors").write_bytes((10**15).to_bytes(8, "little") + b"{}")
-    with pytest.raises(ConfigError, match=r"cut short"):
-        read_header(tmp_path / "x.safetensors")
+@pytest.mark.parametrize(("name", "component"), sorted(STYLES_OF))
+def test_adapters_and_checkpoints_are_spelled_by_the_same_rules(name, component, twins):
+    """Two tables name original layers, tensor by tensor for checkpoints and by rows for adapters; they must agree."""
+    family, components = twins[name]
+    module = components.denoiser if component == family.denoiser else components.text_encoders[component]
+    layers = {
+        canonical(module, component, key): tuple(layer.weight.shape)
+        for key, layer in module.named_modules()
+        if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)) and not key.endswith("text_projection")
+    }
+    settings, wanted = config_of(module), {}
+    for layer, shape in layers.items():
+        place = family.original[component].naming(f"{layer}.weight", settings)
+        half = shape[0] // 2
+        rows = [(half, shape[0]), (0, half)] if place.form == "swapped" else [(0, shape[0])]
+        stem = place.name.removesuffix(".weight").removesuffix("_weight")
+        wanted.setdefault(stem, {})[place.part] = [(layer, *span) for span in rows]
+    own = {stem: [piece for part in sorted(parts) for piece in parts[part]] for stem, parts in wanted.items()}
+    found = STYLES[STYLES_OF[name, component]](layers)
+    assert {stem: list(pieces) for stem, pieces in found.items()} == own
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -270,7 +281,7 @@ def test_detection_gives_its_reasons(name, twins, tmp_path):
 @pytest.mark.parametrize(
     ("tensor", "shape", "says"),
     [
-        ("model.diffusion_model.input_blocks.0.0.weight", (8, 9, 3, 3), "an inpainting model"),
+        ("model.diffusion_model.input_blocks.0.0.weight", (8, 8, 3, 3), "an instruct-pix2pix model"),
         ("lora_unet_x.lora_down.weight", (4, 4), "it is an adapter"),
         ("decoder.up.0.block.0.conv1.weight", (4, 4), "name it as model.vae"),
         ("down_blocks.0.resnets.0.conv1.weight", (4, 4), "one part of a diffusers folder"),

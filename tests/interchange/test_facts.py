@@ -1,12 +1,10 @@
-"""Facts that two places need say the same in both: families and the tables of names, export and merging."""
+"""Facts that two places need say the same in both: families and the tables of names."""
 
 from __future__ import annotations
 
 import pytest
 
-from finetune.export import merged
 from finetune.families import FAMILIES
-from finetune.interchange import into_base
 from finetune.interchange.names import published
 
 
@@ -29,8 +27,3 @@ def test_tables_of_names_agree_with_the_families(name):
 def test_every_table_is_of_a_family():
     """A table nobody asks for would be judged by nobody."""
     assert {table.family for table in published()} == set(FAMILIES)
-
-
-def test_rounding_may_take_as_much_in_merging_as_in_export():
-    """Two commands write merged models; what one refuses the other must not pass."""
-    assert into_base.LARGEST_LOSS == merged.LARGEST_LOSS

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from finetune.errors import CheckpointError, UnsafeError, UserError
-from finetune.interchange.header import clean, open_tensors, read_header
+from finetune.header import clean, open_tensors, read_header
 from finetune.interchange.inspection import inspect_file
 from tests.conftest import command
 from tests.interchange.files import noise, raw, write
@@ -121,7 +121,7 @@ def test_numbers_are_read_as_torch_reads_them(dtype, tmp_path):
 
 def test_every_8_bit_float_is_right():
     """All 256 codes of both formats against torch."""
-    from finetune.interchange.header import _eight_bits
+    from finetune.header import _eight_bits
 
     codes = torch.arange(256, dtype=torch.uint8)
     for name, dtype in (("F8_E4M3", torch.float8_e4m3fn), ("F8_E5M2", torch.float8_e5m2)):

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetune.errors import ConfigError
+from finetune.families import load_family
 from finetune.interchange.adapter import InterchangeError
 from finetune.interchange.commands import extract_adapter, merge_adapters, merge_into_base, resize_adapter
 from finetune.interchange.comparing import diff_adapters
@@ -17,6 +18,7 @@ from finetune.interchange.conversion import write as write_adapter
 from finetune.interchange.reading import read_adapter
 from tests.conftest import command
 from tests.interchange.files import kohya_lora, noise, table, write
+from tests.tiny import random_adapter
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
 MODULES = [f"{BLOCK}.attn1.to_q", f"{BLOCK}.attn2.to_out.0"]
@@ -271,3 +273,32 @@ def test_the_commands_work_from_end_to_end(pair, tuned, tiny_base, tmp_path, cap
     assert "Loads in" in command(capsys, monkeypatch, "inspect", out)
     with pytest.raises(ConfigError):
         merge_adapters([str(pair[0])], out, settings={"how": "svd", "rank": -1})
+
+
+@pytest.fixture(scope="module")
+def demo_adapter(tmp_path_factory):
+    """An adapter of the embedded base, whose layers are smaller than those of any published model."""
+    family, parts = load_family("demo")
+    made = random_adapter(family, parts, rank={"unet": 4}, alpha={"unet": 4.0}, preset="attention", strength=0.3)
+    path = tmp_path_factory.mktemp("demo") / "a.safetensors"
+    made.save(path)
+    return path
+
+
+def test_the_embedded_base_goes_by_its_name_as_in_a_run(demo_adapter, tmp_path, capsys, monkeypatch):
+    """`demo` is a base wherever one is named; a tool that looks for a file of that name helps nobody."""
+    command(capsys, monkeypatch, "merge", demo_adapter, "--into", "demo", "-o", tmp_path / "merged")
+    found = tmp_path / "e.safetensors"
+    command(capsys, monkeypatch, "extract", tmp_path / "merged", "demo", found, "--rank", 4, "--base", "demo")
+    facts = json.loads(command(capsys, monkeypatch, "inspect", found, "--base", "demo", "--json"))
+    assert facts["family"] == "sd1" and facts["unknown"] == [] and facts["methods"]["unet"]["lora"] > 10
+
+
+def test_no_spelling_is_guessed_for_a_base_of_no_published_size(demo_adapter, tmp_path, capsys, monkeypatch):
+    """Names of the nearest published base would be written, and every reader would say "key not loaded"."""
+    target = tmp_path / "k.safetensors"
+    text = command(capsys, monkeypatch, "convert", demo_adapter, target, "--to", "kohya", expect=2)
+    assert "no published size" in text and "--base" in text and not target.exists()
+    command(capsys, monkeypatch, "convert", demo_adapter, target, "--to", "kohya", "--base", "demo")
+    assert all(name.startswith(("lora_unet_down_", "lora_unet_mid_", "lora_unet_up_")) for name in load_file(target))
+    command(capsys, monkeypatch, "convert", target, tmp_path / "d.safetensors", "--to", "diffusers")

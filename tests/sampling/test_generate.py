@@ -59,6 +59,27 @@ def test_adapter_changes_pictures_and_goes_again(base):
     assert all(torch.equal(tensor, before[name]) for name, tensor in components.denoiser.state_dict().items())
 
 
+def test_text_encoders_only_visit(base, monkeypatch):
+    """T5 is larger than many denoisers: all prompts are read before the first step, and the encoder goes home."""
+    family, components = base
+    encoder, told = components.text_encoders["text_encoder"], []
+    moved, forward = encoder.to, components.denoiser.forward
+    monkeypatch.setattr(encoder, "to", lambda *where: told.append("moves") or moved(*where))
+    monkeypatch.setattr(encoder, "forward", _noting(told, "reads", encoder.forward))
+    monkeypatch.setattr(components.denoiser, "forward", _noting(told, "draws", forward))
+    generate(family, components, PROMPTS, seeds=[1, 2, 3], steps=1, batch_size=2)
+    assert told[0] == told[told.index("draws") - 1] == "moves"
+    assert "moves" not in told[1 : told.index("draws") - 1] and "reads" not in told[told.index("draws") :]
+
+
+def _noting(told, what, forward):
+    def noted(*args, **kwargs):
+        told.append(what)
+        return forward(*args, **kwargs)
+
+    return noted
+
+
 def test_leaves_modes_as_found(base):
     """A validation grid in the middle of training must not switch anything off."""
     family, components = base

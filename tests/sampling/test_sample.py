@@ -161,6 +161,16 @@ def test_a_mask_keeps_what_is_black(name, tmp_path):
     assert apart(painted.crop(right), other.crop(right)) < apart(painted.crop(left), other.crop(left))
 
 
+@pytest.mark.parametrize("name", ["sd1", "flux"])
+def test_a_mask_works_in_half_precision(name, tmp_path):
+    """GPUs compute in it while the autoencoder stays in fp32; SD3's and Flux's pipelines feed it themselves."""
+    family, parts = load_family(str(BUILDERS[name](tmp_path / "base")), dtype=torch.bfloat16)
+    guides = Guides(image=Image.new("RGB", (64, 64), "#f0f0f0"), strength=0.8, mask=Image.linear_gradient("L"))
+    drawn = generate(family, parts, ["a cat"], guides=guides, seeds=[0], steps=2, height=64, width=64)[0]
+    assert drawn.size == (64, 64)
+    assert {parameter.dtype for parameter in parts.vae.parameters()} == {torch.float32}
+
+
 def apart(first, second):
     a, b = (torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).float() for picture in (first, second))
     return float((a - b).abs().mean())
@@ -191,3 +201,25 @@ def test_emphasis_inside_a_word_is_refused():
     family, parts = load_family("demo")
     with pytest.raises(ConfigError, match="inside a word"):
         generate(family, parts, ["a bo(x:1.5)"], seeds=[0], steps=1, emphasis=True)
+
+
+def test_a_prompt_may_have_its_own_settings_as_in_kohyas_files(sample, tmp_path):
+    """People have such files; a setting that is not understood must not become part of the picture."""
+    lines = tmp_path / "prompts.txt"
+    star = "a blue star --w 96 --h 64 --d 7 --s 3 --l 2.5 --n blurry, low quality"
+    lines.write_text(f"# ours\na red circle\n\n{star}\n", "utf-8")
+    text, folder = sample("--prompts", lines, "-n", 2, "--batch", 4)
+    shots = {path.name.split("-s")[0]: shot_of(path) for path in folder.glob("a-*s7-*.png")}
+    shot = shots["a-blue"] if "a-blue" in shots else next(iter(shots.values()))
+    assert (shot.prompt, shot.negative_prompt) == ("a blue star", "blurry, low quality")
+    assert (shot.width, shot.height, shot.seed, shot.steps, shot.guidance_scale) == (96, 64, 7, 3, 2.5)
+    assert len(list(folder.glob("a-*.png"))) == 4
+    assert "64 x 64 and 96 x 64" in text
+    with Image.open(next(folder.glob("a-blue-star-s8-*.png"))) as image:
+        assert image.size == (96, 64)
+
+
+def test_settings_behind_a_prompt_are_all_checked_before_the_base_is_loaded(sample):
+    text, folder = sample("a cat --ar 16:9 --s none", "a dog", " --w 64", expect=2)
+    assert "--ar" in text and "'none', which must be a whole number from 1 up" in text and "no prompt before" in text
+    assert not folder.exists()

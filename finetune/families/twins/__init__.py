@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 import transformers
 from torch import nn
 
+from finetune.families.registry import FAMILIES
 from finetune.families.twins import shapes
 from finetune.families.twins.tokenizers import clip_tokenizer, t5_tokenizer
 from finetune.rng import seed_libraries
@@ -56,18 +57,19 @@ TWINS: dict[str, Callable[[], Twin]] = {
 """Family -> its tiny model; a test holds the names against FAMILIES."""
 
 
-def write_twin(name: str, folder: Path, **scheduler: Any) -> Path:
+def write_twin(name: str, folder: Path, *, inpainting: bool = False, **scheduler: Any) -> Path:
     """Write the tiny model of a family as a diffusers folder; the same weights every time.
 
     Args:
         name: a key of TWINS.
         folder: where to; made if it is missing.
+        inpainting: make its UNet an inpainting one, which also reads a mask and the masked picture.
         scheduler: settings of the noise schedule that differ, e.g. prediction_type="v_prediction".
 
     Returns:
         `folder`.
     """
-    twin = TWINS[name]()
+    twin = _inpainting(name) if inpainting else TWINS[name]()
     transformers.utils.logging.disable_progress_bar()
     parts: dict[str, Any] = {}
     with torch.random.fork_rng(devices=[]):
@@ -85,6 +87,14 @@ def write_twin(name: str, folder: Path, **scheduler: Any) -> Path:
     pipeline.save_pretrained(folder, safe_serialization=True)
     _keep_switches(folder, twin.switches)
     return folder
+
+
+def _inpainting(name: str) -> Twin:
+    """The twin with a UNet of nine inputs."""
+    twin, family = TWINS[name](), FAMILIES[name]
+    assert family.inpainting_class is not None, f"{name} has no inpainting models"
+    unet = twin.networks[family.denoiser] | {"in_channels": 9}
+    return replace(twin, pipeline=family.inpainting_class, networks=twin.networks | {family.denoiser: unet})
 
 
 def _network(config: dict[str, Any]) -> nn.Module:

@@ -23,12 +23,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.errors import CheckpointError, UnsafeError
+from finetune.errors import CheckpointError, UnsafeError, first_few
 
 LARGEST_HEADER = 25_000_000
 """Bytes. A full SDXL checkpoint needs 0.4 million; the library's own limit of 100 million can fill a small memory."""
 MOST_DIMENSIONS = 16
-SHOWN = 12
 PICKLED = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
 WIDTHS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
@@ -56,6 +55,11 @@ class Entry:
         """Number of elements."""
         return math.prod(self.shape)
 
+    @property
+    def size(self) -> int:
+        """Number of bytes."""
+        return self.stop - self.start
+
 
 @dataclass(frozen=True)
 class Header:
@@ -73,6 +77,11 @@ class Header:
     tensors: dict[str, Entry] = field(repr=False)
     offset: int
     size: int
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape of a tensor, row-major; None if the file has no such tensor."""
+        entry = self.tensors.get(name)
+        return entry.shape if entry else None
 
 
 def read_header(path: Path) -> Header:
@@ -274,7 +283,6 @@ def _eight_bits(dtype: str) -> NDArray[np.float32]:
 
 
 def _bad(path: Path, problems: list[str]) -> CheckpointError:
-    more = [f"and {len(problems) - SHOWN} more."] if len(problems) > SHOWN else []
     return CheckpointError(
-        f"{path} is not a sound safetensors file; fetch it again, or do not trust it.", [*problems[:SHOWN], *more]
+        f"{path} is not a sound safetensors file; fetch it again, or do not trust it.", first_few(problems)
     )

@@ -1,0 +1,40 @@
+"""Sample sheets: what a person looks at while a run goes on."""
+
+from __future__ import annotations
+
+import pytest
+from PIL import Image
+
+from finetune import train
+from finetune.errors import ConfigError
+from finetune.run_files import make_run
+
+
+def test_prompts_of_a_kohya_file_are_drawn_as_they_say_and_every_step_stands_in_one_sheet(document, tmp_path):
+    """A prompt file people have is read as it is; what changes between steps is seen side by side."""
+    lines = tmp_path / "prompts.txt"
+    lines.write_text("# ours\na sks robot\na red circle --w 96 --h 64 --d 7 --s 3 --l 1 --n blurry\n", "utf-8")
+    document["samples"] = {"prompts": str(lines), "per_prompt": 2, "inference_steps": 2, "every": 2}
+    run = make_run(document)
+    assert run.samples.prompts[0] == "a sks robot", "the run holds the prompts themselves"
+    train(run)
+    folder = run.output_dir / "samples"
+    names = ["000-0.png", "000-1.png", "001-7.png", "001-8.png"]
+    for step in (0, 2, 4):
+        assert sorted(path.name for path in folder.glob(f"step-{step:06d}/*.png")) == names
+    sizes = []
+    for name in ("000-0.png", "001-7.png"):
+        with Image.open(folder / "step-000000" / name) as image:
+            sizes.append(image.size)
+    assert sizes == [(64, 64), (96, 64)]
+    with Image.open(folder / "step-000004.png") as sheet, Image.open(folder / "steps.png") as steps:
+        assert steps.width == sheet.width and steps.height > sheet.height, "three rows, not two"
+
+
+def test_settings_that_cannot_be_meant_are_refused_with_the_run(document, tmp_path):
+    document["samples"] = {"prompts": ["a robot --w wide", "a robot --q 3"]}
+    with pytest.raises(ConfigError, match=r"(?s)'wide', which must be.*--q, which is not known here"):
+        make_run(document)
+    document["samples"] = {"prompts": str(tmp_path / "none.txt")}
+    with pytest.raises(ConfigError, match=r"none\.txt cannot be read"):
+        make_run(document)
