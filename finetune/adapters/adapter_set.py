@@ -30,6 +30,11 @@ class AdapterSet:
         """Every trained parameter by its canonical name, e.g. "unet.mid_block....to_q.lora_A.weight"."""
         return {name: value for part in self._parts for name, value in part.parameters.items()}
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Every trained parameter and every constant that one rests on, by canonical name; the live tensors."""
+        constants = {name: value for part in self._parts for name, value in part.constants.items()}
+        return {**self.named_parameters(), **constants}
+
     def parameter_groups(self) -> list[dict[str, object]]:
         """Optimizer groups: one per network and learning rate."""
         groups: dict[tuple[str, float], list[nn.Parameter]] = {}
@@ -64,7 +69,7 @@ class AdapterSet:
 
     def state(self) -> dict[str, Tensor]:
         """A copy of every trained tensor, and of the constants they rest on, in fp32 on the CPU."""
-        return {name: value.detach().float().cpu().clone() for name, value in self._tensors().items()}
+        return {name: value.detach().float().cpu().clone() for name, value in self.tensors().items()}
 
     def trained(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Of a file's tensors what this run trains, without the constants."""
@@ -78,7 +83,7 @@ class AdapterSet:
         Raises:
             CheckpointError: if names or shapes are not exactly those of this run.
         """
-        own, needed = self._tensors(), self.named_parameters().keys()
+        own, needed = self.tensors(), self.named_parameters().keys()
         tensors = self._unpacked(tensors)
         problems = [f"{name} is missing" for name in needed - tensors.keys()]
         problems += [f"{name} does not belong to this run" for name in tensors.keys() - own.keys()]
@@ -146,10 +151,6 @@ class AdapterSet:
             unpacked |= part.unpacked(tensors)
         return unpacked
 
-    def _tensors(self) -> dict[str, Tensor]:
-        """Parameters and constants."""
-        constants = {name: value for part in self._parts for name, value in part.constants.items()}
-        return {**self.named_parameters(), **constants}
 
 
 def attach(

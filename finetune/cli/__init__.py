@@ -12,13 +12,13 @@ from rich.console import Console
 
 from data_tools.cli import app as data_app
 from data_tools.errors import DataToolsError
-from finetune.cli import cache, convert, export, inspect, merge, plan, sample, show, train
+from finetune.cli import cache, convert, export, inspect, merge, plan, sample, show, train, watch
 from finetune.cli.app import Overrides, app
 from finetune.config import Run
 from finetune.errors import UserError
 from finetune.run_files import change_run
 
-COMMANDS = (train, plan, show, sample, export, inspect, convert, merge, cache)
+COMMANDS = (train, watch, plan, show, sample, export, inspect, convert, merge, cache)
 """Modules whose import puts their commands on the application."""
 app.add_typer(data_app, name="data", help="Look at a folder of pictures before training: scan, clean, caption, report.")
 

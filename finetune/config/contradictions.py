@@ -95,15 +95,51 @@ def one_prior(run: Run) -> list[str]:
     return problems
 
 
+def learning_rates(run: Run) -> dict[str, float]:
+    """The learning rate of everything that is trained, by the field that decides it."""
+    usual = {"optimizer.learning_rate": run.optimizer.learning_rate}
+    rates: dict[str, float] = {}
+    for name, section in (("adapter", run.adapter), ("text_encoder_adapter", run.text_encoder_adapter)):
+        if section is None:
+            continue
+        own = {f"{name}.learning_rate": section.learning_rate} if section.learning_rate else usual
+        rates |= own
+        if section.lora_plus_ratio != 1:
+            rates[f"{name}.lora_plus_ratio"] = section.lora_plus_ratio * min(own.values())
+        rates |= {
+            f"{name}.blocks[{i}].learning_rate": block.learning_rate
+            for i, block in enumerate(section.blocks)
+            if block.learning_rate and block.rank != 0
+        }
+    if run.text_encoder_adapter is not None:
+        rates |= {
+            f"text_encoder_adapter.per_encoder.{name}.learning_rate": encoder.learning_rate
+            for name, encoder in run.text_encoder_adapter.per_encoder.items()
+            if encoder is not None and encoder.learning_rate
+        }
+    if run.tokens is not None:
+        rates |= {"tokens.learning_rate": run.tokens.learning_rate} if run.tokens.learning_rate else usual
+    return rates
+
+
 def step_size(run: Run) -> list[str]:
     """Optimizers that choose the step size or the curve themselves must be let."""
-    name, rate, schedule = run.optimizer.name, run.optimizer.learning_rate, run.optimizer.schedule
+    name, schedule = run.optimizer.name, run.optimizer.schedule
     problems = []
-    if name == "prodigy" and rate < SMALLEST_PRODIGY_RATE:
-        problems.append(
-            f"optimizer.learning_rate={rate:g} with prodigy, which finds the step size itself and multiplies it by "
-            "this, would hardly move; use 1"
-        )
+    if FINDS_STEP_SIZE.match(name.rpartition(".")[2]):
+        rates = learning_rates(run)
+        problems += [
+            f"{field} comes to {rate:g} with {name}, which finds the step size itself and multiplies it by this: it "
+            "would hardly move; use 1"
+            for field, rate in rates.items()
+            if rate < SMALLEST_FACTOR
+        ]
+        if len(set(rates.values())) > 1:
+            named = ", ".join(f"{field} ({rate:g})" for field, rate in rates.items())
+            problems.append(
+                f"{name} finds one step size for all parameters, but there are several learning rates: {named}; leave "
+                "all but optimizer.learning_rate=1 out"
+            )
     if name == "schedulefree_adamw" and schedule != "constant":
         problems.append(
             f"optimizer.schedule={schedule} with schedulefree_adamw, whose running mean takes the place of a curve; "
@@ -116,7 +152,9 @@ def step_size(run: Run) -> list[str]:
     return problems
 
 
-SMALLEST_PRODIGY_RATE = 0.05
+FINDS_STEP_SIZE = re.compile("prodigy|dadapt", re.IGNORECASE)
+"""Classes of this kind, in whatever package: Prodigy, ProdigyPlusScheduleFree, DAdaptAdam, DAdaptLion, ..."""
+SMALLEST_FACTOR = 0.05
 """Below this somebody has taken an AdamW rate along."""
 
 

@@ -71,8 +71,9 @@ class DataConfig(Section):
     color_jitter: float = Field(default=0.0, ge=0, le=0.5)
     """Largest random change of brightness, contrast and saturation, as a share; 0.1 is strong enough for most."""
     versions: int = Field(default=4, ge=2, le=1000)
-    """Versions of each picture with crop=random or color_jitter, the plain one included: each is encoded once and a
-    draw picks one, so that encoding stays outside of the training. Unused without these."""
+    """Versions of each picture with crop=random, color_jitter or an inpainting base (each version hides another part),
+    the plain one included: each is encoded once and a draw picks one, so that encoding stays outside of the training.
+    Unused without these."""
     mask: Literal["auto", "alpha", "off"] = "auto"
     """Where a picture's loss counts. auto: masks from masks/NAME, NAME-masklabel or the column mask_file_name, where
     there are any (white counts, black does not); alpha: where the picture is opaque; off: everywhere."""

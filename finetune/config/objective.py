@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
+from finetune.config.names import known_or_path
 from finetune.config.section import Section
+
+DensityName = Literal["uniform", "logit_normal", "mode", "cosmap", "beta"]
+WeightingName = Literal["none", "min_snr", "soft_min_snr", "debiased", "p2", "sigma_sqrt", "cosmap"]
+LossName = Literal["mse", "l1", "huber", "smooth_l1", "log_cosh"]
+OWN = "a function of your own as module.function (docs/methods.md)"
 
 
 class TeacherConfig(Section):
@@ -26,8 +32,8 @@ class ObjectiveConfig(Section):
 
     prediction: Literal["epsilon", "v_prediction", "sample", "flow"] | None = None
     """What the denoiser predicts. None: what the checkpoint's scheduler says, which is nearly always right."""
-    density: Literal["uniform", "logit_normal", "mode", "cosmap", "beta"] = "uniform"
-    """How often each noise level is trained."""
+    density: Annotated[DensityName | str, known_or_path(DensityName, "density", OWN)] = "uniform"
+    """How often each noise level is trained; or a function of your own by import path."""
     density_mean: float = 0.0
     """Centre of logit_normal; positive favours noisy levels."""
     density_std: float = Field(default=1.0, gt=0)
@@ -43,18 +49,17 @@ class ObjectiveConfig(Section):
     noise_range: tuple[float, float] = (0.0, 1.0)
     """The part of the noise levels that is trained, as shares: 0 is clean, 1 noise. 0.2,0.8: timesteps 200 to 799. A
     flow base's own shift is applied afterwards: with SD3's shift of 3 they become 429 to 923."""
-    weighting: Literal[
-        "none", "min_snr", "soft_min_snr", "debiased", "p2", "sigma_sqrt", "cosmap"
-    ] = "none"  # fmt: skip
-    """How noise levels are weighed against each other; sigma_sqrt and cosmap are for flow models."""
+    weighting: Annotated[WeightingName | str, known_or_path(WeightingName, "weighting", OWN)] = "none"
+    """How noise levels are weighed against each other; sigma_sqrt and cosmap are for flow models. Or a function of your
+    own by import path."""
     snr_gamma: float = Field(default=5.0, gt=0)
     """The cap of min_snr and soft_min_snr; the paper uses 5."""
     p2_gamma: float = Field(default=1.0, ge=0)
     """How strongly p2 holds clean pictures back; the paper uses 0.5 and 1."""
     p2_k: float = Field(default=1.0, gt=0)
     """The signal-to-noise ratio at which p2 sets in; the paper uses 1."""
-    loss: Literal["mse", "l1", "huber", "smooth_l1", "log_cosh"] = "mse"
-    """How an error is measured."""
+    loss: Annotated[LossName | str, known_or_path(LossName, "loss", OWN)] = "mse"
+    """How an error is measured; or a function of your own by import path."""
     huber_delta: float = Field(default=0.1, gt=0)
     """Where huber, smooth_l1 and log_cosh turn from squared to linear, in units of the prediction."""
     huber_schedule: Literal["constant", "snr", "exponential"] = "constant"

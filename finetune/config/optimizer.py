@@ -2,39 +2,26 @@
 
 from __future__ import annotations
 
-import re
-from difflib import get_close_matches
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
+from finetune.config.names import known_or_path
 from finetune.config.section import Section
 
 OptimizerName = Literal[
     "adamw", "adamw8bit", "paged_adamw8bit", "lion8bit", "ademamix8bit", "adafactor", "prodigy",
     "schedulefree_adamw", "came",
 ]  # fmt: skip
-IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
-"""package.module.Class"""
-
-
-def _known_or_path(value: Any) -> Any:
-    """A name of the table or an import path; one message for what is neither."""
-    known = get_args(OptimizerName)
-    if isinstance(value, str) and (value in known or IMPORT_PATH.fullmatch(value)):
-        return value
-    near = get_close_matches(str(value), known, n=1)
-    hint = f" (did you mean {near[0]}?)" if near else ""
-    raise ValueError(
-        f"there is no such optimizer{hint}; choose one of {', '.join(known)}, or name any optimizer class as "
-        "package.module.Class"
-    )
+AnyOptimizer = Annotated[
+    OptimizerName | str, known_or_path(OptimizerName, "optimizer", "any optimizer class as package.module.Class")
+]
 
 
 class OptimizerConfig(Section):
     """How the trained parameters move."""
 
-    name: Annotated[OptimizerName | str, BeforeValidator(_known_or_path)] = "adamw8bit"
+    name: AnyOptimizer = "adamw8bit"
     """adamw8bit keeps its state in a quarter of the memory (bitsandbytes); adamw is torch's own. prodigy finds the step
     size itself, schedulefree_adamw needs no curve. Any other class by import path, e.g. torch.optim.RAdam."""
     learning_rate: float = Field(default=1e-4, gt=0, le=10)

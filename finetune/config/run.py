@@ -74,8 +74,8 @@ FREE_TO_CHANGE = (
     "output_dir", "checkpoint.", "samples.", "export.", "validation.every", "validation.patience",
     "validation.min_improvement", "train.log_every", "train.trackers", "train.max_hours", "train.on_spike",
     "train.spike_deviations", "train.tolerate_nonfinite",
-    "data.cache_folder", "data.prior.batch_size", "data.folder", "data.prior.folder", "model.base", "model.revision",
-    "model.variant",
+    "data.cache_folder", "data.prior.batch_size", "data.folder", "data.prior.folder", "validation.folder",
+    "model.base", "model.revision", "model.variant",
 )  # fmt: skip
 """Fields that a resumed run may change: they do not touch the trained weights. Folders and the base's name are among
 them, because the content itself is compared: every picture's digest and the digest of the base's weights."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from finetune.config.section import Section
+from finetune.errors import ConfigError
+from finetune.prompt_lines import prompt_problems, read_prompts
 
 
 class TrainConfig(Section):
@@ -65,7 +67,9 @@ class SamplesConfig(Section):
     """Pictures rendered from fixed prompts and seeds, before the first step and after the last."""
 
     prompts: tuple[str, ...] = ()
-    """What to render; empty turns samples off."""
+    """What to render, or the name of a .txt file with one prompt per line; empty turns samples off. A prompt may have
+    settings of its own behind it, as in kohya's files: --n negative, --w --h pixels, --d seed, --l guidance, --s steps.
+    """
     per_prompt: int = Field(default=2, ge=1)
     """Pictures per prompt; the seeds are 0, 1, 2, ... and the same before and after."""
     every: int = Field(default=0, ge=0)
@@ -76,6 +80,21 @@ class SamplesConfig(Section):
     """How closely prompts are followed; 1 turns guidance off. None: the family's usual, 7.5, for Flux 3.5."""
     negative_prompt: str = ""
     """What to steer away from."""
+
+    @field_validator("prompts", mode="before")
+    @classmethod
+    def _from_file(cls, value: Any) -> Any:
+        try:
+            return read_prompts(Path(value)) if isinstance(value, str) else value
+        except ConfigError as error:
+            raise ValueError(error.headline) from None
+
+    @field_validator("prompts")
+    @classmethod
+    def _readable(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if problems := prompt_problems(value):
+            raise ValueError("\n".join(problems))
+        return value
 
 
 class CheckpointConfig(Section):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from finetune.errors import ConfigError, nearest
 
+from . import own
 from .losses import DELTA_SCHEDULES, LOSSES, WITH_DELTA, mean_per_picture
 from .noise import WHITE, NoiseShape, draw_noise, perturbed
 from .predictions import PREDICTIONS
@@ -43,11 +44,12 @@ class Objective:
 
     Attributes:
         prediction: a name in PREDICTIONS.
-        density: a name in DENSITIES; `density_parameters` shapes it.
+        density: a name in DENSITIES, or the import path of an own function; `density_parameters` shapes it.
         density_shift: pushes the density towards noise (above 1) or clean pictures, besides the schedule's own shift.
         noise_range: the part of the noise levels that is trained, as shares of T; 0 is clean.
-        weighting: a name in WEIGHTINGS; `weight_parameters` shapes it.
-        loss_name: a name in LOSSES; those in WITH_DELTA read `huber_delta`, in units of the prediction.
+        weighting: a name in WEIGHTINGS, or an import path; `weight_parameters` shapes it.
+        loss_name: a name in LOSSES, or an import path; those in WITH_DELTA read `huber_delta`, in units of the
+            prediction.
         huber_schedule: a name in DELTA_SCHEDULES: how that delta follows the noise level.
     """
 
@@ -65,7 +67,7 @@ class Objective:
 
     def timesteps(self, u: Tensor) -> Tensor:
         """Timesteps for quantiles of shape (B,), in (0, 1): int64 for ddpm, float32 for flow."""
-        s = DENSITIES[self.density](u, self.density_parameters)
+        s = self.levels(u)
         if self.density_shift != 1:
             s = shifted(s, self.density_shift)
         if self.noise_range != (0, 1):
@@ -90,7 +92,9 @@ class Objective:
         """The weight of the prediction's own error at each timestep; shape (B,), float32."""
         alpha, sigma = self.schedule.alpha_sigma(timesteps)
         x0_gain = PREDICTIONS[self.prediction].x0_gain(alpha, sigma)
-        return WEIGHTINGS[self.weighting].weight(alpha, sigma, x0_gain, self.weight_parameters)
+        known = WEIGHTINGS.get(self.weighting)
+        weigh = known.weight if known else own.function(self.weighting)
+        return weigh(alpha, sigma, x0_gain, self.weight_parameters)
 
     def loss(
         self, prediction: Tensor, x0: Tensor, noise: Tensor, timesteps: Tensor, mask: Tensor | None = None
@@ -100,12 +104,30 @@ class Objective:
 
     def distance(self, prediction: Tensor, target: Tensor, timesteps: Tensor, mask: Tensor | None = None) -> Tensor:
         """`loss` against any target, such as another model's prediction; shape (B,), float32."""
-        errors = LOSSES[self.loss_name](prediction.float(), target, self._delta(timesteps, prediction.ndim))
+        delta = self._delta(timesteps, prediction.ndim)
+        errors = own.listed(LOSSES, self.loss_name)(prediction.float(), target, delta)
         return mean_per_picture(errors, mask) * self.weight(timesteps)
 
     def to(self, device: torch.device | str) -> Objective:
         """The same objective with its tables on `device`."""
         return replace(self, schedule=self.schedule.to(device))
+
+    def own_code(self) -> dict[str, str]:
+        """Fields that name an own function, with the digest of the file that defines it."""
+        return {f"objective.{name}": own.source_digest(path) for name, path in self.own_functions()}
+
+    def own_functions(self) -> list[tuple[str, str]]:
+        """(field, import path) of each function that stands in no table."""
+        named: list[tuple[str, str, Iterable[str]]] = [
+            ("density", self.density, DENSITIES),
+            ("weighting", self.weighting, WEIGHTINGS),
+            ("loss", self.loss_name, LOSSES),
+        ]
+        return [(name, path) for name, path, table in named if path not in table and "." in path]
+
+    def levels(self, u: Tensor) -> Tensor:
+        """Noise levels from 0 (clean) to 1 (noise) for quantiles, before shift and range; (B,)."""
+        return own.listed(DENSITIES, self.density)(u, self.density_parameters)
 
     def _delta(self, timesteps: Tensor, dimensions: int) -> float | Tensor:
         if self.huber_schedule == "constant":
@@ -170,6 +192,7 @@ def build_objective(  # noqa: PLR0913 - one keyword per field of the objective s
     )
     problems = [problem for check in CHECKS for problem in check(objective, trained)]
     problems += _noise_contradictions(objective, noise)
+    problems += [] if problems else list(_failing_functions(objective))
     if problems:
         raise ConfigError("The objective cannot be trained:", problems)
     return objective
@@ -183,8 +206,9 @@ def _unknown_names(objective: Objective, trained: str) -> Iterable[str]:
         ("loss", objective.loss_name, LOSSES),
         ("huber_schedule", objective.huber_schedule, DELTA_SCHEDULES),
     ]
+    own_named = dict(objective.own_functions())
     for option, name, table in named:
-        if name not in table:
+        if name not in table and option not in own_named:
             yield f"objective.{option} is {name!r}{nearest(name, table)}; choose one of {', '.join(table)}."
 
 
@@ -252,6 +276,25 @@ def _contradictions(objective: Objective, trained: str) -> Iterable[str]:
             f"objective.huber_schedule is {objective.huber_schedule!r}, but objective.loss={objective.loss_name} has "
             f"no delta to schedule; set objective.loss to one of {', '.join(WITH_DELTA)}."
         )
+
+
+def _failing_functions(objective: Objective) -> Iterable[str]:
+    """Try the user's own functions over the whole schedule."""
+    trials: dict[str, Callable[[], Iterable[str]]] = {
+        "density": lambda: own.wrong_levels(objective.levels(own.quantiles())),
+        "weighting": lambda: own.wrong_weights(objective.weight(objective.schedule.timesteps(own.quantiles()))),
+        "loss": lambda: own.wrong_errors(own.function(objective.loss_name), objective.huber_delta),
+    }
+    for name, path in objective.own_functions():
+        try:
+            own.function(path)
+            wrong = list(trials[name]())
+        except own.OwnFunctionError as error:
+            wrong = [str(error)]
+        # keep: a function of the user's own can fail in any way.
+        except Exception as error:
+            wrong = [f"it fails: {type(error).__name__}: {error}"]
+        yield from (f"objective.{name}={path}: {what}." for what in wrong)
 
 
 def _noise_contradictions(objective: Objective, noise: NoiseShape) -> Iterable[str]:

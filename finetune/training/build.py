@@ -20,6 +20,7 @@ from finetune.config import Run
 from finetune.errors import ConfigError
 from finetune.families import Components
 from finetune.objectives import NoiseShape, Objective, build_objective
+from finetune.training import sharding
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Names of number formats in configurations."""
@@ -30,7 +31,8 @@ def build_accelerator(dtype: str, output_dir: Path, trackers: Sequence[str]) -> 
     """The accelerator for a run, and the number format that "auto" came to.
 
     Raises:
-        ConfigError: for a launcher, number format or tracker that cannot be used; all at once.
+        ConfigError: for a launcher, number format or tracker that cannot be used; all at once. Or if several processes
+            were started that do not find each other, for each would train the whole run by itself.
     """
     # keep: accelerate keeps its state for the whole process; a second run may need another precision.
     AcceleratorState._reset_state()
@@ -40,42 +42,61 @@ def build_accelerator(dtype: str, output_dir: Path, trackers: Sequence[str]) -> 
         problems.append("model.dtype=fp16 needs a GPU: a CPU computes fp16 too coarsely to train; use fp32 or bf16.")
     if problems:
         raise ConfigError("The run cannot start:", problems)
+    launched = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+    if sharding.asked_for():
+        # keep: accelerate and transformers would split the adapters as well; `sharding` splits the base alone.
+        os.environ["ACCELERATE_USE_FSDP"] = "false"
     accelerator = Accelerator(
+        # keep: without a GPU accelerate joins processes only if it is told that they compute on CPUs.
+        cpu=launched > 1 and not torch.accelerator.is_available(),
         mixed_precision=_AUTOCAST[resolved],
         log_with=list(trackers) or None,
         project_dir=str(output_dir),
         # the others wait while the first process renders class pictures
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
     )
+    if accelerator.num_processes < launched:
+        raise ConfigError(
+            f"{launched} processes were started, but accelerate sees {accelerator.num_processes}, so that each would "
+            "train the whole run by itself; start one process, or `accelerate launch --multi_gpu --num_processes N`."
+        )
     return accelerator, resolved
 
 
-SHARDING = {
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-}
+def launch_warnings() -> list[str]:
+    """What the launcher did not do that it seems to have been asked for."""
+    started = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+    # keep: the launcher says where processes meet if it was asked for several, and on CPUs starts one nevertheless.
+    asked = "MASTER_ADDR" in os.environ and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+    if not asked or any(name in os.environ for name in started):
+        return []
+    return [
+        "one process runs, though several seem to be wanted: `accelerate launch --cpu` starts several through MPI "
+        "only; `accelerate launch --multi_gpu --num_processes N` starts them on CPUs too"
+    ]
+
+
+REFUSED = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
 """What `accelerate launch` sets for ways of training that are refused."""
 
 
 def _launcher_problems() -> list[str]:
-    asked = [name for variable, name in SHARDING.items() if os.environ.get(variable, "").lower() in ("1", "true")]
+    asked = [name for variable, name in REFUSED.items() if os.environ.get(variable, "").lower() in ("1", "true")]
     return [
         f"accelerate was configured for {name}, which splits every weight over the processes under names of its own, "
         "so that a checkpoint could not be resumed to the bit or by another number of processes. What is trained here "
-        "is small and fits beside the base on every GPU: run `accelerate launch --multi_gpu ...` (DDP), and lower "
-        "memory with train.gradient_checkpointing or an 8-bit optimizer."
+        "is small: run `accelerate launch --multi_gpu ...` (DDP), or `accelerate launch --use_fsdp --fsdp_version 2 "
+        "...`, which splits the frozen base over the GPUs where it does not fit on each."
         for name in asked
     ]
 
 
 def _tracker_problems(trackers: Sequence[str]) -> list[str]:
-    missing = [name for name in trackers if importlib.util.find_spec(name) is None]
-    if not missing:
-        return []
     return [
-        f"train.trackers names {', '.join(missing)}, which is not installed; install it (pip install "
-        f"{' '.join(missing)}) or take it out: metrics.jsonl is always written."
+        f"train.trackers names {name}, which is not installed: `pip install 'finetune[{name}]'`, or take it out: "
+        "metrics.jsonl is always written, and `finetune watch` draws it."
+        for name in trackers
+        if importlib.util.find_spec(name) is None
     ]
 
 

@@ -15,21 +15,34 @@ from data_tools.scan import Problem
 from finetune.config import DataConfig, PriorConfig, Run
 from finetune.data import prior
 from finetune.data.batch import Collator, Variation
-from finetune.data.cache import Filling, LatentCache, MaskCache, TextCache
+from finetune.data.cache import Encode, Filling, LatentCache, MaskCache, TextCache
 from finetune.data.captions import CaptionRules, varies
-from finetune.data.dataset import Colour, Cut, Picture, Reading, check_trigger, load_pictures, long_captions
+from finetune.data.dataset import (
+    Colour,
+    Cut,
+    Picture,
+    Reading,
+    check_folder,
+    check_trigger,
+    load_pictures,
+    long_captions,
+)
+from finetune.data.holes import HoleCache
 from finetune.data.pixels import to_values
 from finetune.data.split import overlap, split_holdout
 from finetune.data.store import Store
 from finetune.data.views import Augment, View, plain
+from finetune.devices import on_device
 from finetune.errors import ConfigError, DataError
 from finetune.families import Components, Conditioning, Latents, ModelFamily
 from finetune.tracking import Reporter, count_only
 from finetune.training.build import noise_shape
-from finetune.training.devices import on_device
 
-ENCODED_AT_ONCE = {"cpu": 8, "cuda": 8}
-"""Pictures per pass of the autoencoder, halved by itself where memory does not suffice."""
+ENCODED_AT_ONCE = 8
+"""Pictures per pass of the autoencoder at most; halved by itself where memory does not suffice."""
+ENCODED_PIXELS = 2**20
+"""Pixels of such a pass: with them SD's autoencoder holds 2.5 GiB of activations in fp32, so caching needs no more
+memory than training does."""
 CAPTIONS_AT_ONCE = 32
 
 
@@ -75,7 +88,8 @@ def build_cut(data: DataConfig, family: ModelFamily, components: Components) -> 
             f"data.resolution={resolution} is no multiple of {multiple} pixels, in which {family.name} buckets grow; "
             f"use {resolution // multiple * multiple} or {(resolution // multiple + 1) * multiple}."
         )
-    return Cut(resolution, multiple, data.upscale, background_colour(data.background))
+    holes = family.repaints(components.denoiser.config)
+    return Cut(resolution, multiple, data.upscale, background_colour(data.background), holes)
 
 
 def build_pictures(run: Run, cut: Cut, reporter: Reporter) -> Pictures:
@@ -118,8 +132,7 @@ def check_words(pictures: list[Picture], words: list[str]) -> None:
 def _scanned(
     field: str, folder: Path, cut: Cut, reading: Reading, reporter: Reporter
 ) -> tuple[list[Picture], list[Problem]]:
-    if not folder.is_dir():
-        raise DataError(f"{field}={folder} is no folder; name the folder that holds the pictures.")
+    check_folder(field, folder)
     total = sum(path.suffix.lower() in SUFFIXES for path in folder.rglob("*"))
     with reporter.progress(f"Checking {field}", total) as advance:
         return load_pictures(folder, cut, reading, progress=count_only(advance))
@@ -139,11 +152,11 @@ def caption_rules(data: DataConfig) -> CaptionRules:
     )
 
 
-def variation(run: Run) -> Variation:
+def variation(run: Run, cut: Cut) -> Variation:
     """What differs from draw to draw."""
     data = run.data
     return Variation(
-        augment=Augment(data.flip, data.crop == "random", data.color_jitter, data.versions),
+        augment=Augment(data.flip, data.crop == "random", data.color_jitter, cut.holes, data.versions),
         rules=caption_rules(data),
         caption_variants=data.caption_variants,
         caption_dropout=data.caption_dropout,
@@ -152,13 +165,14 @@ def variation(run: Run) -> Variation:
     )
 
 
-def variation_rows(run: Run, pictures: Pictures) -> list[tuple[str, str]]:
+def variation_rows(run: Run, cut: Cut, pictures: Pictures) -> list[tuple[str, str]]:
     """What differs from draw to draw, for the plan; nothing where nothing does."""
-    data, varied = run.data, variation(run)
+    data, varied = run.data, variation(run, cut)
     shown = [f"{varied.augment.count()} versions of each picture"] if varied.augment.count() > 1 else []
     shown += ["cropped anywhere"] if data.crop == "random" else []
     shown += [f"colours changed by up to {data.color_jitter:.0%}"] if data.color_jitter else []
     shown += ["mirrored every other time"] if data.flip else []
+    shown += ["a part hidden in each, all of it in one of four"] if cut.holes else []
     said = ["tags shuffled"] if data.shuffle_caption else []
     said += [f"{data.tag_dropout:.0%} of tags dropped"] if data.tag_dropout else []
     said += [f"{data.caption_dropout:.0%} empty"] if data.caption_dropout else []
@@ -184,7 +198,7 @@ def add_class_pictures(
     """
     own = [p for p in pictures.training if p.is_class]
     sizes = [p.placement.bucket for p in pictures.subject]
-    with on_device(list(components.modules().values()), device):
+    with on_device(components.drawing(), device):
         generated = prior.fill(folder, config, family, components, sizes, reporter, have=len(own))
     if own and not prior.has_pictures(folder):
         return replace(pictures, generated=generated)
@@ -208,18 +222,22 @@ def build_collator(
     folder = run.data.cache_folder or run.output_dir / "cache"
     vae = components.vae
     assert vae is not None, "the autoencoder is loaded with the base"
-    latents = LatentCache(folder, f"{components.digests['vae']} {_dtype(vae)}", cut.background)
-    masks = None
-    if any(p.mask for p in pictures.all):
-        masks = MaskCache(folder, family.vae_stride(vae))
+    vae_digest = f"{components.digests['vae']} {_dtype(vae)}"
+    latents = LatentCache(folder, vae_digest, cut.background)
+    masks = MaskCache(folder, family.vae_stride(vae)) if any(p.mask for p in pictures.all) else None
+    holes = HoleCache(folder, vae_digest, cut.background) if cut.holes else None
     collator = Collator(
-        pictures.training, latents, partial(family.tokenize, components.tokenizers), variation(run),
-        seed=run.train.seed, masks=masks,
+        pictures.training, latents, partial(family.tokenize, components.tokenizers), variation(run, cut),
+        seed=run.train.seed, masks=masks, holes=holes,
     )  # fmt: skip
     views = [*collator.views(), *(plain(p) for p in pictures.holdout)]
     if masks is not None:
         _prepare_masks(masks, views, run.data.unmasked_weight, reporter)
-    _encode_pictures(latents, views, family, vae, device, reporter)
+    with on_device([vae], device):
+        encode = partial(_encode, family, vae, device)
+        _fill_latents(latents, views, lambda seen: encode(to_values(seen.to(device))), "Encoding pictures", reporter)
+        if holes is not None:
+            _fill_latents(holes, views, encode, "Encoding pictures with holes", reporter)
     room = {name: family.token_limit(name, tokenizer) for name, tokenizer in components.tokenizers.items()}
     for line in long_captions(pictures.all, components.tokenizers, room):
         reporter.warn(line)
@@ -231,18 +249,24 @@ def build_collator(
     return collator.with_text(_encode_captions(folder, texts, family, components, device, reporter))
 
 
-def _encode_pictures(
-    latents: LatentCache, views: list[View], family: ModelFamily, vae: nn.Module, device: torch.device,
-    reporter: Reporter,
-) -> None:  # fmt: skip
-    @torch.no_grad()
-    def encode(pixels: Tensor) -> Latents:
-        return family.encode_images(vae, to_values(pixels.to(device)))
+@torch.no_grad()
+def _encode(family: ModelFamily, vae: nn.Module, device: torch.device, values: Tensor) -> Latents:
+    """Latents of pixel values in [-1, 1]."""
+    return family.encode_images(vae, values.to(device))
 
-    with reporter.progress("Encoding pictures", len(views)) as advance, on_device([vae], device):
-        filling = Filling(ENCODED_AT_ONCE.get(device.type, 4), count_only(advance), reporter.warn)
-        latents.prepare(views, encode, filling)
-    _tell_damage(latents.store, reporter)
+
+def encoded_at_once(area: int) -> int:
+    """Pictures per pass of the autoencoder, where the largest has `area` pixels."""
+    return max(1, min(ENCODED_AT_ONCE, ENCODED_PIXELS // area))
+
+
+def _fill_latents(
+    cache: LatentCache | HoleCache, views: list[View], encode: Encode, what: str, reporter: Reporter
+) -> None:
+    with reporter.progress(what, len(views)) as advance:
+        largest = max((view.placement.bucket[0] * view.placement.bucket[1] for view in views), default=1)
+        cache.prepare(views, encode, Filling(encoded_at_once(largest), count_only(advance), reporter.warn))
+    _tell_damage(cache.store, reporter)
 
 
 def _prepare_masks(masks: MaskCache, views: list[View], unmasked_weight: float, reporter: Reporter) -> None:

@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
@@ -20,17 +19,18 @@ from finetune.errors import StoppedOnRequest
 from finetune.families import Components, ModelFamily
 from finetune.objectives import Objective
 from finetune.rng import seed_libraries
+from finetune.run_files import dump_run
 from finetune.tracking import Advance, MetricsLog, Reporter
 from finetune.training.build_data import Pictures
 from finetune.training.checkpoint import Contents, TrainState, save_checkpoint
 from finetune.training.ema import Ema, Mean
 from finetune.training.history import History
 from finetune.training.lr_schedules import learning_rates
-from finetune.training.meter import Meter, Policy
+from finetune.training.meter import Meter
 from finetune.training.optimizer_state import optimizer_state
 from finetune.training.optimizers import BuiltOptimizer, set_learning_rate
 from finetune.training.samples import SampleSheets
-from finetune.training.signals import Requests
+from finetune.training.signals import Agreement, Requests
 from finetune.training.step import StepResult, training_step
 from finetune.training.teacher import Teacher
 from finetune.training.validation import BANDS, Ratio, Validator
@@ -38,7 +38,7 @@ from finetune.training.validation import BANDS, Ratio, Validator
 
 @dataclass
 class Loop:
-    """What the loop works on; `state`, `validation` and `history` change as it goes.
+    """What the loop works on; `state`, `validation`, `meter` and `history` change as it goes.
 
     Attributes:
         ema: the running mean, if the run keeps one.
@@ -67,6 +67,7 @@ class Loop:
     reporter: Reporter
     documents: dict[str, Any]
     judged_on: str
+    meter: Meter
     history: History
     pictures: Pictures
     state: TrainState = field(default_factory=lambda: TrainState(step=0, samples_seen=0, epoch=0, seconds=0.0))
@@ -113,27 +114,23 @@ def run_loop(loop: Loop, requests: Requests) -> None:
     # keep: a run that begins anew writes its step 0 anew, so nothing of a start that was killed before may stay.
     kept = loop.state.step or -1
     log = MetricsLog(run.output_dir / "metrics.jsonl", kept) if accelerator.is_main_process else None
-    accelerator.init_trackers("tracking", init_kwargs={"tensorboard": {"purge_step": loop.state.step + 1}})
+    accelerator.init_trackers("tracking", init_kwargs=_tracker_settings(run, loop.state.step))
     if loop.validator and loop.state.step == 0:
         _record(loop, log, 0, validate(loop))
-    meter = Meter(
-        accelerator, Policy(run.train.on_spike, run.train.spike_deviations, run.train.tolerate_nonfinite)
-    )
     rate_at = learning_rates(run.optimizer, run.train.steps)
     loop.model.train()
+    agreement = Agreement(requests, accelerator.num_processes, is_main_process=accelerator.is_main_process)
     requests.listening = True
     before, started = loop.state.seconds, time.perf_counter()
+    loop.meter.start()
     with loop.reporter.progress("Training", run.train.steps, loop.state.step) as advance:
         for step in range(loop.state.step, run.train.steps):
             if loop.stopped_early():
                 break
-            meter.add(step, *one_step(loop, step, rate_at(step)))
+            loop.meter.add(step, *one_step(loop, step, rate_at(step)))
             loop.state = _moved_on(loop, step, before + time.perf_counter() - started)
-            stopping, saving = _agreed(requests, accelerator)
-            _after_step(loop, log, meter, advance, rate_at(step), stopping=stopping)
-            if saving and not stopping:
-                save(loop)
-                loop.reporter.note(f"Saved after step {step + 1}, as asked.")
+            stopping, saving = agreement.after_step()
+            _after_step(loop, log, advance, rate_at(step), stopping=stopping, saving=saving)
             if stopping:
                 why = requests.stop or "another process was asked"
                 raise StoppedOnRequest(
@@ -170,9 +167,12 @@ def _moved_on(loop: Loop, step: int, seconds: float) -> TrainState:
 
 
 def _after_step(
-    loop: Loop, log: MetricsLog | None, meter: Meter, advance: Advance, rate: float, *, stopping: bool
+    loop: Loop, log: MetricsLog | None, advance: Advance, rate: float, *, stopping: bool, saving: bool
 ) -> None:
-    """Log, validate, save and render where they are due after the step that `loop.state` counts."""
+    """Log, validate, save and render where they are due after the step that `loop.state` counts.
+
+    Whatever is saved was judged before, so that a run that goes on from there judges as if it had never stopped.
+    """
     run, step = loop.run, loop.state.step
     last = step == run.train.steps or stopping
 
@@ -180,8 +180,8 @@ def _after_step(
         return bool(every) and (last or step % every == 0)
 
     best = False
-    if due(run.train.log_every) or due(run.checkpoint.every) or due(run.validation.every):
-        reading = meter.read(loop.names)
+    if saving or due(run.train.log_every) or due(run.checkpoint.every) or due(run.validation.every):
+        reading = loop.meter.read(loop.names)
         for warning in reading.warnings:
             loop.reporter.warn(warning)
         values: dict[str, Any] = {**reading.values, "learning_rate": rate * run.optimizer.learning_rate}
@@ -191,10 +191,12 @@ def _after_step(
             assert loop.validation is not None, "just measured"
             best = loop.history.add(step, loop.validation)
         _record(loop, log, step, values)
-        meter.detail = _detail(loop, reading.values)
-    advance(step, meter.detail)
-    if due(run.checkpoint.every) or (best and run.checkpoint.keep_best) or loop.stopped_early():
+        loop.meter.detail = _detail(loop, reading.values)
+    advance(step, loop.meter.detail)
+    if saving or due(run.checkpoint.every) or (best and run.checkpoint.keep_best) or loop.stopped_early():
         save(loop)
+        if saving and not stopping:
+            loop.reporter.note(f"Saved after step {step}, as asked.")
     if loop.sheets and run.samples.every and step % run.samples.every == 0 and not last:
         with loop.mean.swapped() if loop.mean else nullcontext():
             loop.sheets.render(step, loop.reporter)
@@ -218,22 +220,19 @@ def validate(loop: Loop) -> dict[str, Any]:
     return {"validation/loss": ratio.loss, "validation/ratio": ratio.value, "validation/error": ratio.error, **bands}
 
 
+def _tracker_settings(run: Run, step: int) -> dict[str, dict[str, Any]]:
+    """What each tracker is told; a run that goes on takes back the steps that it does again."""
+    name = run.output_dir.resolve().name
+    return {
+        "tensorboard": {"purge_step": step + 1},
+        "wandb": {"dir": str(run.output_dir), "name": name, "group": name, "config": dump_run(run)},
+    }
+
+
 def _record(loop: Loop, log: MetricsLog | None, step: int, values: dict[str, Any]) -> None:
     if log is not None:
         log.write(step, values)
     loop.accelerator.log(values, step=step)
-
-
-def _agreed(requests: Requests, accelerator: Accelerator) -> tuple[bool, bool]:
-    """Whether any process was asked to stop, and to save; all processes get the same answer."""
-    if accelerator.is_main_process:
-        requests.look()
-    stop, save_now = requests.stop is not None, requests.save
-    requests.save = False
-    if accelerator.num_processes > 1:
-        asked = torch.tensor([float(stop), float(save_now)], device=accelerator.device)
-        stop, save_now = (accelerator.reduce(asked, "sum") > 0).tolist()
-    return stop, save_now
 
 
 def save(loop: Loop) -> None:
@@ -247,7 +246,9 @@ def save(loop: Loop) -> None:
     files: dict[str, Contents] = {"adapter": loop.adapter_file(None), "optimizer": tensors}
     if loop.mean:
         files["ema"] = loop.adapter_file(loop.mean)
-    documents = loop.documents | {"optimizer": scalars, "validation": loop.history.document()}
+    documents = loop.documents | {
+        "optimizer": scalars, "validation": loop.history.document(), "meter": loop.meter.document()
+    }  # fmt: skip
     if loop.accelerator.scaler is not None:
         documents["scaler"] = loop.accelerator.scaler.state_dict()
     best = loop.history.best() if run.checkpoint.keep_best else None

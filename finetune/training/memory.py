@@ -84,6 +84,14 @@ def step_bytes(model: nn.Module, forward: Callable[[nn.Module], Tensor]) -> int:
     return living.peak
 
 
+def pass_bytes(model: nn.Module, forward: Callable[[nn.Module], Any]) -> int:
+    """The most bytes that live at once in a forward pass without gradients, besides the parameters."""
+    twin = on_meta(model).eval()
+    with torch.no_grad(), _Living((*twin.parameters(), *twin.buffers())) as living, _thrifty_attention():
+        forward(twin)
+    return living.peak
+
+
 def on_meta(model: nn.Module) -> nn.Module:
     """A copy without content; nothing of the original is copied.
 

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -65,12 +66,18 @@ class _Step:
     names: Sequence[tuple[str, ...]]
 
 
+class _Asked(NamedTuple):
+    """One picture of one step, at the noise level it was asked at."""
+
+    step: int
+    quantile: float
+    name: str
+    loss: float
+
+
 @dataclass
 class Usual:
-    """What a loss usually is at each noise level.
-
-    After a resume it starts empty: it decides about warnings, never about the training.
-    """
+    """What a loss usually is at each noise level."""
 
     deviations: float
     seen: list[deque[float]] = field(default_factory=lambda: [deque(maxlen=REMEMBERED) for _ in range(BANDS)])
@@ -89,7 +96,11 @@ class Usual:
 
 
 class Meter:
-    """Takes in steps without reading them, and gives means and judgements when asked."""
+    """Takes in steps without reading them, and gives means and judgements when asked.
+
+    Every process judges the pictures of all, in one order, so all come to the same decision, and what they compare
+    with is one and the same for a checkpoint.
+    """
 
     def __init__(self, accelerator: Accelerator, policy: Policy) -> None:
         self.detail = ""
@@ -98,11 +109,23 @@ class Meter:
         self._policy = policy
         self._usual = Usual(policy.spike_deviations)
         self._tolerated = 0
-        self._clear()
-
-    def _clear(self) -> None:
         self._steps: list[_Step] = []
+        self.start()
+
+    def start(self) -> None:
+        """The time of the next step begins now."""
         self._started = time.perf_counter()
+
+    def document(self) -> dict[str, Any]:
+        """For a checkpoint; all steps must have been read."""
+        assert not self._steps, f"{len(self._steps)} steps were not judged yet"
+        return {"tolerated": self._tolerated, "usual": [list(band) for band in self._usual.seen]}
+
+    def load(self, document: dict[str, Any]) -> None:
+        """Put back what `document` gave; an empty one, of an older checkpoint, leaves a start without memory."""
+        self._tolerated = document.get("tolerated", 0)
+        for band, losses in zip(self._usual.seen, document.get("usual", []), strict=False):
+            band.extend(losses)
 
     def add(self, number: int, result: StepResult, batches: Sequence[Batch]) -> None:
         """Take in one step's result, counted from 0, without waiting for the device."""
@@ -138,7 +161,8 @@ class Meter:
             values["teacher_loss"] = teacher
         if not len(good):
             values = {"seconds_per_step": values["seconds_per_step"]}
-        self._clear()
+        self._steps = []
+        self.start()
         return Reading(values, warnings)
 
     def _not_finite(self, bad: Sequence[int], names: Callable[[int], list[str]]) -> list[str]:
@@ -146,7 +170,7 @@ class Meter:
         first = self._steps[bad[0]]
         what = f"Step {first.number + 1} gave a loss or gradient that is not finite"
         pictures = f"its pictures were {', '.join(names(first.number))}"
-        if culprits := self._everywhere([n for n, _, loss in _pictures(first) if not math.isfinite(loss)]):
+        if culprits := [asked.name for asked in self._everywhere([first]) if not math.isfinite(asked.loss)]:
             pictures += f"; not finite were {', '.join(culprits)}"
         if self._tolerated <= self._policy.tolerate_nonfinite:
             return [
@@ -164,12 +188,10 @@ class Meter:
 
     def _spikes(self, steps: Sequence[_Step]) -> list[str]:
         found = []
-        for step in steps:
-            for name, quantile, loss in _pictures(step):
-                excess = self._usual.excess(quantile, loss)
-                if excess is not None:
-                    found.append(f"{name} in step {step.number + 1} ({excess:.1f} times)")
-        found = self._everywhere(found)
+        for asked in self._everywhere(steps):
+            excess = self._usual.excess(asked.quantile, asked.loss)
+            if excess is not None:
+                found.append(f"{asked.name} in step {asked.step + 1} ({excess:.1f} times)")
         if not found:
             return []
         named = ", ".join(found[:NAMED]) + (f" and {len(found) - NAMED} more" if len(found) > NAMED else "")
@@ -185,15 +207,18 @@ class Meter:
             )
         return [f"{text}; look at these pictures and their captions"]
 
-    def _everywhere(self, found: list[str]) -> list[str]:
-        """The same list in every process: what all of them found."""
-        return list(gather_object(found)) if self._accelerator.num_processes > 1 else found
+    def _everywhere(self, steps: Sequence[_Step]) -> list[_Asked]:
+        """The pictures of these steps over all processes, in an order that does not know of processes."""
+        asked = [picture for step in steps for picture in _pictures(step)]
+        if self._accelerator.num_processes > 1:
+            asked = gather_object(asked)
+        return sorted(asked)
 
 
-def _pictures(step: _Step) -> list[tuple[str, float, float]]:
-    """(file name, quantile, loss before its weight) of this process's pictures that count."""
+def _pictures(step: _Step) -> list[_Asked]:
+    """This process's pictures that count, with their loss before its weight."""
     rows = []
     for losses, quantiles, weights, names in zip(step.losses, step.quantiles, step.weights, step.names, strict=True):
         values = zip(names, quantiles.tolist(), losses.tolist(), weights.tolist(), strict=True)
-        rows += [(name, quantile, loss) for name, quantile, loss, weight in values if weight > 0]
+        rows += [_Asked(step.number, quantile, name, loss) for name, quantile, loss, weight in values if weight > 0]
     return rows

@@ -7,9 +7,9 @@ the library's own; `optimizer.options` reaches every one of them. Any other clas
 from __future__ import annotations
 
 import contextlib
-import importlib
 import inspect
 import io
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from finetune.by_path import import_by_path
 from finetune.config import OptimizerConfig
 from finetune.errors import ConfigError, nearest
 from finetune.training import eight_bit
@@ -247,12 +248,12 @@ def _class(module: str, name: str, extra: str | None) -> type[Optimizer]:
     """An optimizer class from a package that may not be installed; imported only here, because that takes seconds."""
     remedy = f"install it with `pip install 'finetune[{extra}]'`" if extra else "install its package"
     try:
-        found = getattr(importlib.import_module(module), name)
+        found = import_by_path(f"{module}.{name}")
     except ModuleNotFoundError as error:
         package = module.partition(".")[0]
         raise _unusable(f"it needs the package {package}, which is missing ({error}); {remedy}.") from error
     except AttributeError as error:
-        known = [key for key, value in vars(importlib.import_module(module)).items() if isinstance(value, type)]
+        known = [key for key, value in vars(sys.modules[module]).items() if isinstance(value, type)]
         raise _unusable(f"{module} has no {name}{nearest(name, known)}.") from error
     if not (isinstance(found, type) and issubclass(found, Optimizer)):
         raise _unusable(f"{module}.{name} is no torch.optim.Optimizer; name the class of an optimizer.")

@@ -32,7 +32,7 @@ def data_rows(run: Run, cut: Cut, pictures: Pictures) -> list[tuple[str, str]]:
         made = f" ({pictures.generated} rendered now)" if pictures.generated else ""
         weight = run.data.prior.prior_loss_weight if run.data.prior else 1.0
         rows.append(("Class", f"{classes} pictures{made}, weight {weight:g}"))
-    return [*rows, ("Buckets", f"{buckets}; {cut.resolution} px"), *variation_rows(run, pictures)]
+    return [*rows, ("Buckets", f"{buckets}; {cut.resolution} px"), *variation_rows(run, cut, pictures)]
 
 
 def step_rows(run: Run, sampler: Sampler, processes: int, optimizer: BuiltOptimizer) -> list[tuple[str, str]]:

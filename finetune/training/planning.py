@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from finetune.config import Run
 from finetune.data.dataset import Picture
 from finetune.data.sampler import Item, Sampler
-from finetune.families.base import Conditioning, SizeConditioning
+from finetune.families.base import Conditioning, ModelFamily, SizeConditioning
 from finetune.tracking import Reporter, Rows
 from finetune.training import build, plan, preflight, resume, setup
+from finetune.training.build_data import encoded_at_once
 from finetune.training.lock import hold
 from finetune.training.loop import one_step
 from finetune.training.lr_schedules import learning_rates
-from finetune.training.memory import CUDA_OVERHEAD, META, Memory, on_meta, predict
+from finetune.training.memory import CUDA_OVERHEAD, META, Memory, on_meta, pass_bytes, predict
 from finetune.training.optimizers import build_optimizer
 from finetune.training.setup import Loaded
 
@@ -86,19 +87,30 @@ def _class_rows(run: Run) -> Rows:
 
 
 def memory_rows(run: Run, loaded: Loaded, device: torch.device) -> Rows:
-    """The predicted peak of a step at the largest bucket, by parts."""
+    """The predicted peak of a step at the largest bucket, by parts, and of encoding the pictures before."""
     model = setup.trainable(run, loaded)
     largest = max(loaded.pictures.training, key=lambda p: p.placement.bucket[0] * p.placement.bucket[1])
+    vae = loaded.components.vae
+    assert vae is not None, "the autoencoder is loaded with the base"
     try:
+        encoding = _encoding_bytes(loaded.family, vae, largest.placement.bucket)
         memory = predict(
             model, partial(_forward, run, loaded, largest), run.optimizer, mean=run.train.ema_decay is not None
         )
     except RuntimeError as error:
         return [("Not predicted", f"this base cannot be played without its content: {str(error).splitlines()[0]}")]
-    return _memory_table(memory, device)
+    return _memory_table(memory, encoding, device)
 
 
-def _memory_table(memory: Memory, device: torch.device) -> Rows:
+def _encoding_bytes(family: ModelFamily, vae: nn.Module, bucket: tuple[int, int]) -> int:
+    """The autoencoder at work, at its peak."""
+    pixels = torch.empty(encoded_at_once(bucket[0] * bucket[1]), 3, *bucket, device=META)
+    weights = sum(tensor.nbytes for tensor in (*vae.parameters(), *vae.buffers()))
+    return weights + pass_bytes(vae, lambda twin: family.encode_images(twin, pixels))
+
+
+def _memory_table(memory: Memory, encoding: int, device: torch.device) -> Rows:
+    # keep: an accelerator holds the autoencoder alone while it encodes; in main memory the base lies beside it.
     overhead = CUDA_OVERHEAD if device.type == "cuda" else 0
     rows = [
         ("Base, frozen", _size(memory.weights)),
@@ -108,6 +120,7 @@ def _memory_table(memory: Memory, device: torch.device) -> Rows:
         ("Activations and gradients", f"{_size(memory.step)} at the peak, counted on the meta device"),
         *([("The accelerator itself", f"{_size(overhead)}, roughly")] if overhead else []),
         ("Together", _size(memory.total() + overhead)),
+        ("Encoding pictures, before", _size(encoding + (overhead or memory.weights))),
     ]
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
@@ -129,7 +142,9 @@ def _forward(run: Run, loaded: Loaded, picture: Picture, model: nn.Module) -> Te
     pairs = torch.empty(count, 2, dtype=torch.long, device=META)
     conditioning, tokens = _text(run, loaded, count)
     noisy = objective.add_noise(latents, latents, timesteps).to(dtype)
-    answer = model(noisy, timesteps, conditioning, tokens, SizeConditioning(pairs, pairs, pairs))
+    beside = loaded.family.input_channels(loaded.components.denoiser) - channels
+    shown = torch.nn.functional.pad(noisy, (0, 0, 0, 0, 0, beside))
+    answer = model(shown, timesteps, conditioning, tokens, SizeConditioning(pairs, pairs, pairs))
     return objective.loss(answer.float(), latents, latents, timesteps).mean()
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from finetune.adapters import AdapterSet
 from finetune.config import Run
-from finetune.errors import DataError
+from finetune.data.dataset import check_folder
+from finetune.errors import ConfigError
+from finetune.training import sharding
 from finetune.training.checkpoint import check_room, clean
 
 LEFTOVER = re.compile(r"\.(?P<name>.+)\.(part|old)-\d+-[0-9a-f]{8}")
@@ -40,10 +42,12 @@ def check(run: Run) -> None:
     """What a wrong path would cost after a download of gigabytes.
 
     Raises:
+        ConfigError: if this run cannot be trained as it was launched.
         DataError: if the pictures are not there.
     """
-    if not run.data.folder.is_dir():
-        raise DataError(f"data.folder={run.data.folder} is no folder; name the folder that holds the pictures.")
+    if problems := sharding.problems(run):
+        raise ConfigError("The run cannot start:", problems)
+    check_folder("data.folder", run.data.folder)
 
 
 def checkpoint_bytes(run: Run, adapters: AdapterSet) -> int:

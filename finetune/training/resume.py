@@ -13,6 +13,12 @@ from finetune.training.checkpoint import Found, latest_checkpoint
 from finetune.training.loop import Loop
 from finetune.training.optimizer_state import load_optimizer_state
 
+COMPARED = {
+    "base": "the base model", "optimizer_class": "the optimizer", "batch": "the batch",
+    "own_code": "the file of your own function",
+}  # fmt: skip
+"""Documents of a checkpoint that must be what they are now."""
+
 
 @dataclass(frozen=True)
 class Resume:
@@ -109,8 +115,8 @@ def _check(found: Found, loop: Loop, how: Resume) -> None:
         loop.reporter.warn(f"The pictures have changed, as accepted: {'; '.join(changes)}")
         changes = []
     problems = list(changes)
-    for key, what in (("base", "the base model"), ("optimizer_class", "the optimizer"), ("batch", "the batch")):
-        problems += [f"{what}: {line}" for line in _changed(found.documents[key], documents[key])]
+    for key, what in COMPARED.items():
+        problems += [f"{what}: {line}" for line in _changed(found.documents.get(key, {}), documents[key])]
     other = _changed(found.documents.get("numerics", {}), documents["numerics"])
     if other and how.strict_numerics:
         problems += [f"the numerics: {line}" for line in other]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +12,27 @@ from PIL import Image
 
 from finetune.adapters import AdapterSet
 from finetune.config import SamplesConfig
+from finetune.devices import on_device
 from finetune.families.base import Components, ModelFamily
-from finetune.sampling.generate import generate
-from finetune.sampling.grid import Row, contact_sheet
+from finetune.prompt_lines import parse_prompt
+from finetune.sampling.generate import Progress, generate
+from finetune.sampling.grid import Row, contact_sheet, seeds_label
 from finetune.storage import read_json, write_json
 from finetune.tracking import Reporter
-from finetune.training.devices import on_device
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A picture: `look` is what `generate` is told besides prompt and seed."""
+
+    prompt: str
+    seed: int
+    look: dict[str, Any]
+    name: str
 
 
 class SampleSheets:
-    """Renders samples/step-000000/000-0.png ... and samples/step-000000.png, the sheet."""
+    """Renders samples/step-000000/000-0.png ..., samples/step-000000.png, the sheet, and steps.png, all of them."""
 
     def __init__(
         self,
@@ -50,42 +63,81 @@ class SampleSheets:
         questions = self._folder / sheet.stem / "questions.json"
         if only_if_missing and questions.is_file() and read_json(questions) == self._questions(step):
             return sheet
-        seeds = range(self._samples.per_prompt)
-        jobs = [(i, prompt, seed) for i, prompt in enumerate(self._samples.prompts) for seed in seeds]
+        jobs = self._jobs()
+        alike: dict[tuple[tuple[str, Any], ...], list[int]] = {}
+        for number, job in enumerate(jobs):
+            alike.setdefault(tuple(job.look.items()), []).append(number)
+        images: dict[int, Image.Image] = {}
         with (
             reporter.progress(f"Rendering samples (step {step})", len(jobs)) as advance,
-            on_device(list(self._components.modules().values()), self._device),
+            on_device(self._components.drawing(), self._device),
         ):
-            images = generate(
-                self._family,
-                self._components,
-                [prompt for _, prompt, _ in jobs],
-                seeds=[seed for _, _, seed in jobs],
-                steps=self._samples.inference_steps,
-                guidance_scale=self._samples.guidance_scale,
-                negative_prompt=self._samples.negative_prompt,
-                height=self._resolution,
-                width=self._resolution,
-                progress=lambda done, total: advance(done * len(jobs) // total, ""),
-            )
+            for look, numbers in alike.items():
+                drawn = generate(
+                    self._family,
+                    self._components,
+                    [jobs[number].prompt for number in numbers],
+                    seeds=[jobs[number].seed for number in numbers],
+                    progress=_onward(advance, len(images), len(numbers)),
+                    **dict(look),
+                )
+                images.update(zip(numbers, drawn, strict=True))
         folder = self._folder / sheet.stem
         folder.mkdir(parents=True, exist_ok=True)
-        for (i, _, seed), image in zip(jobs, images, strict=True):
-            image.save(folder / f"{i:03d}-{seed}.png")
-        self._sheet(step, images).save(sheet)
+        for number, job in enumerate(jobs):
+            images[number].save(folder / job.name)
+        self._sheet(step, jobs, [images[number] for number in range(len(jobs))]).save(sheet)
         write_json(questions, self._questions(step))
+        self._timeline(jobs)
         return sheet
+
+    def _jobs(self) -> list[_Job]:
+        """Prompt by prompt, with its seeds."""
+        usual = {
+            "negative_prompt": self._samples.negative_prompt,
+            "width": self._resolution,
+            "height": self._resolution,
+            "guidance_scale": self._samples.guidance_scale,
+            "steps": self._samples.inference_steps,
+        }
+        jobs = []
+        for number, line in enumerate(self._samples.prompts):
+            prompt, own = parse_prompt(line)
+            first = own.pop("seed", 0)
+            for seed in range(first, first + self._samples.per_prompt):
+                jobs.append(_Job(prompt, seed, usual | own, f"{number:03d}-{seed}.png"))
+        return jobs
 
     def _questions(self, step: int) -> dict[str, Any]:
         """Written after a sheet's pictures: prompts, settings, another base or run since make a new sheet."""
         asked = {**self._samples.model_dump(mode="json", exclude={"every"}), "resolution": self._resolution}
         return {**asked, "base": self._components.digest, "run": self._run_digest if step else ""}
 
-    def _sheet(self, step: int, images: list[Image.Image]) -> Image.Image:
-        count = len(self._samples.prompts)
-        rows = [
-            Row(label=f"seed {seed}", images=images[seed :: self._samples.per_prompt][:count])
-            for seed in range(self._samples.per_prompt)
-        ]
+    def _sheet(self, step: int, jobs: list[_Job], images: list[Image.Image]) -> Image.Image:
+        every = self._samples.per_prompt
+        groups = [slice(first, None, every) for first in range(every)]
+        rows = [Row(seeds_label(job.seed for job in jobs[group]), images[group]) for group in groups]
         title = f"After {step} steps" if step else "The base model"
         return contact_sheet(rows, columns=list(self._samples.prompts), title=title)
+
+    def _timeline(self, jobs: list[_Job]) -> None:
+        """samples/steps.png: the first seed of each prompt, a row for every step that has been rendered."""
+        first = jobs[:: self._samples.per_prompt]
+        rows = []
+        for questions in sorted(self._folder.glob("step-*/questions.json")):
+            step = int(questions.parent.name.removeprefix("step-"))
+            pictures = [questions.parent / job.name for job in first]
+            if read_json(questions) == self._questions(step) and all(path.is_file() for path in pictures):
+                rows.append(Row(f"step {step}" if step else "base model", [_opened(path) for path in pictures]))
+        if len(rows) > 1:
+            contact_sheet(rows, columns=list(self._samples.prompts)).save(self._folder / "steps.png")
+
+
+def _opened(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def _onward(advance: Callable[[int, str], None], before: int, pictures: int) -> Progress:
+    """Denoising steps of one group of pictures, as progress over all of them."""
+    return lambda done, total: advance(before + done * pictures // total, "")

@@ -18,11 +18,12 @@ from finetune.objectives import Objective
 from finetune.run_files import dump_run
 from finetune.storage import write_json
 from finetune.tracking import Reporter
-from finetune.training import build, build_adapters, build_data, plan, preflight, resume
+from finetune.training import build, build_adapters, build_data, plan, preflight, resume, sharding
 from finetune.training.build_data import Pictures
 from finetune.training.ema import Ema, Mean, ScheduleFreeMean
 from finetune.training.history import History
 from finetune.training.loop import Loop
+from finetune.training.meter import Meter, Policy
 from finetune.training.model import TrainableModel, enable_gradient_checkpointing
 from finetune.training.optimizers import BuiltOptimizer, build_optimizer
 from finetune.training.samples import SampleSheets
@@ -42,10 +43,10 @@ def prepare(run: Run, reporter: Reporter, how: resume.Resume) -> Loop:
     rows += [*plan.data_rows(run, cut, loop.pictures), *plan.teacher_rows(run), *loop.adapters.describe()]
     reporter.table("Plan", [*rows, *plan.step_rows(run, loop.sampler, accelerator.num_processes, loop.optimizer)])
     plan.tell_problems(reporter, loop.pictures)
-    for note in loop.optimizer.notes:
+    for note in [*build.launch_warnings(), *loop.optimizer.notes]:
         reporter.warn(note)
     if found is not None:
-        for line in resume.story(found, run):
+        for line in resume.story(found):
             reporter.warn(line)
         resume.restore(found, loop, how)
         reporter.note(f"Going on after step {loop.state.step} of {run.train.steps}.")
@@ -105,7 +106,13 @@ def build_loop(run: Run, accelerator: Accelerator, dtype: str, reporter: Reporte
     family, components, adapters, cut = loaded.family, loaded.components, loaded.adapters, loaded.cut
     objective = loaded.objective.to(device)
     collator = build_data.build_collator(run, pictures, cut, family, components, device, reporter)
-    model = accelerator.prepare(trainable(run, loaded))
+    whole = trainable(run, loaded)
+    if sharding.asked_for() and accelerator.num_processes > 1:
+        piece = sharding.split_base(whole, adapters.tensors().values(), device)
+        reporter.note(
+            f"FSDP: what is frozen of the base lies in {accelerator.num_processes} pieces of {piece / 2**20:,.1f} MiB."
+        )
+    model = accelerator.prepare(whole)
     optimizer = build_optimizer(run.optimizer, adapters.parameter_groups(), device)
     sampler = Sampler(
         [p.item() for p in pictures.training], run.train.batch_size * accelerator.num_processes, run.train.seed
@@ -123,8 +130,9 @@ def build_loop(run: Run, accelerator: Accelerator, dtype: str, reporter: Reporte
             run.samples, family, components, adapters, cut.resolution, run.output_dir / "samples", device, run.digest()
         )
         if run.samples.prompts and accelerator.is_main_process else None,
-        accelerator, reporter, _documents(run, pictures, components, dtype, optimizer, accelerator),
+        accelerator, reporter, _documents(run, pictures, components, dtype, objective, optimizer, accelerator),
         f"{len(probe)} {'held-out' if pictures.holdout else 'training'} pictures",
+        Meter(accelerator, Policy(run.train.on_spike, run.train.spike_deviations, run.train.tolerate_nonfinite)),
         History(run.validation.min_improvement), pictures,
     )  # fmt: skip
     return loop, cut
@@ -147,15 +155,17 @@ def _mean(ema: Ema | None, optimizer: BuiltOptimizer, adapters: AdapterSet) -> M
 
 
 def _documents(
-    run: Run, pictures: Pictures, components: Components, dtype: str, optimizer: BuiltOptimizer,
+    run: Run, pictures: Pictures, components: Components, dtype: str, objective: Objective, optimizer: BuiltOptimizer,
     accelerator: Accelerator,
 ) -> dict[str, Any]:  # fmt: skip
     """What a checkpoint says about where it belongs."""
     return {
         "run": dump_run(run),
         "dataset": fingerprint(pictures.training),
+        "held_out": fingerprint(pictures.holdout),
         "base": {"digest": components.digest, "schedule": build.schedule_digest(components), "dtype": dtype},
         "optimizer_class": {"resolved": optimizer.resolved},
+        "own_code": objective.own_code(),
         "batch": {"pictures per pass over all processes": run.train.batch_size * accelerator.num_processes},
         "numerics": build.numerics(accelerator.device),
     }

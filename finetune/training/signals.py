@@ -3,8 +3,10 @@
     SIGINT, SIGTERM, SIGUSR1, a file `stop` in the run folder, train.max_hours   finish the step, save, exit with 75
     SIGUSR2, a file `save` in the run folder                                     save after this step, go on
     a second SIGINT, SIGTERM or SIGUSR1                                          end at once; what is saved is whole
+                                                                                 (under a launcher: two seconds later)
 
 Handlers only set a flag; the loop reads it between two steps, because a save inside a handler could meet a save.
+Several processes exchange what they were asked while they compute the next step, and all do it after that one.
 """
 
 from __future__ import annotations
@@ -14,14 +16,21 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
+
+import torch
+import torch.distributed
 
 STOP_FILE = "stop"
 SAVE_FILE = "save"
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 LOOK_SECONDS = 0.5
 """The run folder is looked at no more often than this: on a mounted drive every look is a message."""
+
+ECHO_SECONDS = 2.0
+"""Within this a launcher's second signal is the first one's echo."""
 
 
 class Requests:
@@ -33,12 +42,18 @@ class Requests:
         listening: True once the loop runs; before, a stop loses nothing and happens at once.
     """
 
-    def __init__(self, folder: Path, max_hours: float | None = None) -> None:
-        """Watch `folder` for the two files, and the clock from now on; None: no limit."""
+    def __init__(self, folder: Path, max_hours: float | None = None, *, launched: bool = False) -> None:
+        """Watch `folder` for the two files, and the clock from now on; None: no limit.
+
+        Args:
+            launched: whether a launcher passes on signals that a terminal has sent to all processes already.
+        """
         self.stop: str | None = None
         self.save = False
         self.listening = False
         self._folder = folder
+        self._echo = ECHO_SECONDS if launched else 0.0
+        self._heard = 0.0
         self._max_hours = max_hours
         self._ends = time.monotonic() + 3600 * max_hours if max_hours is not None else None
         self._next_look = 0.0
@@ -72,9 +87,43 @@ class Requests:
         if number == signal.SIGUSR2:
             self.save = True
             return
-        if self.stop is not None or not self.listening:
+        now = time.monotonic()
+        if not self.listening or (self.stop is not None and now - self._heard >= self._echo):
             raise KeyboardInterrupt
+        self._heard = now
         self.stop = f"{signal.Signals(number).name} came"
+
+
+class Agreement:
+    """What any process was asked, told to all of them at the same step.
+
+    One process hears at once. Several hear one step later: the question of a step goes round, over a group of the
+    processors and not of the accelerators, while the next step is computed, so that nothing waits for a device.
+    """
+
+    def __init__(self, requests: Requests, processes: int, *, is_main_process: bool) -> None:
+        self._requests = requests
+        self._is_main_process = is_main_process
+        # keep: the others wait here while the first process renders a sheet.
+        self._group = torch.distributed.new_group(backend="gloo", timeout=timedelta(hours=6)) if processes > 1 else None
+        self._asked = torch.zeros(2)
+        self._under_way: torch.distributed.Work | None = None
+
+    def after_step(self) -> tuple[bool, bool]:
+        """Whether to stop, and whether to save, after the step that was just made."""
+        requests = self._requests
+        if self._is_main_process:
+            requests.look()
+        own = torch.tensor([float(requests.stop is not None), float(requests.save)])
+        requests.save = False
+        if self._group is None:
+            return bool(own[0]), bool(own[1])
+        if self._under_way is not None:
+            self._under_way.wait()
+        stop, save = (self._asked > 0).tolist()
+        self._asked = own
+        self._under_way = torch.distributed.all_reduce(own, group=self._group, async_op=True)
+        return stop, save
 
 
 @contextlib.contextmanager

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from finetune.adapters import AdapterFile, AdapterSet
-from finetune.errors import CheckpointError
+from finetune.errors import CheckpointError, first_few
 from finetune.sampling.merging import read_adapter
 
-SHOWN = 8
 """At most so many misfits are listed."""
 
 
@@ -29,7 +28,7 @@ def begin_from(path: Path, adapters: AdapterSet, base: Path | None = None) -> No
     if problems:
         raise CheckpointError(
             f"adapter.start_from={path} cannot be gone on from with this run's adapter:",
-            [*problems[:SHOWN], *([f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else [])],
+            first_few(problems),
         )
     adapters.load(file.tensors)
 

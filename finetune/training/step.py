@@ -44,7 +44,7 @@ def batch_losses(model: nn.Module, objective: Objective, batch: Batch, accelerat
     timesteps = objective.timesteps(batch.quantiles)
     noisy = objective.add_noise(clean, batch.noise if batch.input_noise is None else batch.input_noise, timesteps)
     with accelerator.autocast():
-        prediction = model(noisy, timesteps, batch.conditioning, batch.tokens, batch.sizes)
+        prediction = model(batch.shown(noisy), timesteps, batch.conditioning, batch.tokens, batch.sizes)
     return objective.loss(prediction.float(), clean, batch.noise, timesteps, batch.loss_mask)
 
 

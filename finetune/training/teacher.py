@@ -54,7 +54,7 @@ class Teacher:
         timesteps = self._objective.timesteps(batch.quantiles)
         noisy = self._objective.add_noise(clean, batch.noise, timesteps)
         count = len(noisy)
-        inputs = (noisy, timesteps, _repeated(conditioning, count), _repeated(tokens, count), batch.sizes)
+        inputs = (batch.shown(noisy), timesteps, _repeated(conditioning, count), _repeated(tokens, count), batch.sizes)
         # keep: not through DDP, which would wait for a backward pass that never comes.
         base = self._accelerator.unwrap_model(self._model)
         with self._adapters.disabled(), torch.no_grad(), self._accelerator.autocast():

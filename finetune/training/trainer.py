@@ -37,7 +37,7 @@ class TrainResult:
         validation: the last ratio to the base model, or None when validation is off.
         judged_on: what it was measured on, in words: held-out pictures, or a probe of the training pictures.
         family: what the base is.
-        components: the base with the adapters attached and idle, on the CPU.
+        components: the base with the adapters attached and idle, on the CPU; after training with FSDP, a piece of it.
         adapters: the live adapters.
         is_main_process: False in all but the first of several processes; only the first writes.
     """
@@ -70,7 +70,7 @@ def train(run: Run, reporter: Reporter | None = None, how: Resume | None = None)
         StoppedOnRequest: after a checkpoint, when a signal, a file or the clock asked for it.
         NumericError: when a loss or gradient is not finite; checkpoints hold the last good state.
     """
-    requests = Requests(run.output_dir, run.train.max_hours)
+    requests = Requests(run.output_dir, run.train.max_hours, launched="WORLD_SIZE" in os.environ)
     # keep: of several processes only the first owns the folder; the others read it.
     owned = hold(run.output_dir) if is_main_process() else nullcontext()
     with owned, disk_errors(run.output_dir), _memory_errors(), requests_from_signals(requests):

@@ -54,7 +54,6 @@ class Validator:
         """Prepare `quantiles` questions per picture; the questions depend on the seed and the pictures only.
         """
         self._objective = objective
-        self._quantiles = quantiles
         self._batches = [_questions(picture, collator, quantiles, seed) for picture in pictures]
         self._base: Tensor | None = None
 
@@ -100,7 +99,7 @@ def _questions(picture: Picture, collator: Collator, quantiles: int, seed: int) 
     """One picture at evenly spread noise levels, each with its own fixed noise; its first caption, not mirrored."""
     latents = collator.latents_of(picture)
     shape = (quantiles, *latents.mean.shape)
-    caption, mask = collator.caption_of(picture), collator.mask_of(picture)
+    caption, mask, beside = collator.caption_of(picture), collator.mask_of(picture), collator.beside_of(picture)
     conditioning, tokens = collator.describe([caption] * quantiles)
     return Batch(
         latents=Latents(latents.mean.expand(shape), latents.std.expand(shape)),
@@ -115,4 +114,5 @@ def _questions(picture: Picture, collator: Collator, quantiles: int, seed: int) 
         file_names=(picture.path.name,) * quantiles,
         images_in_step=quantiles,
         loss_mask=None if mask is None else mask.expand(quantiles, *mask.shape).contiguous(),
+        beside=None if beside is None else beside.expand(quantiles, *beside.shape).contiguous(),
     )

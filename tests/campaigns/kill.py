@@ -6,7 +6,7 @@ Every run trains a tiny Stable Diffusion by the public `finetune.train`, each st
 the kills come at random times, the other half ahead of a random system call that changes the disk, within a save or
 beside it; files not yet fsynced at that moment are torn, as by a power cut. The variants go round: AdamW and 8-bit
 AdamW, with and without text encoder, one and two passes per step, dropout and EMA, keep 1 and 2. Compared are adapter,
-running mean, optimizer state, history and metrics (without the clock) with those of an uninterrupted run.
+running mean, optimizer state, history, spike memory and metrics (without the clock) with those of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -182,8 +182,8 @@ def _results(output: Path) -> dict[str, Any]:
     parts = [last / f"{name}.safetensors" for name in ("adapter", "ema", "optimizer")]
     files = [output / "adapter.safetensors", *parts]
     found: dict[str, Any] = {str(path.relative_to(output)): path.read_bytes() for path in files if path.exists()}
-    history = last / "validation.json"
-    found["validation.json"] = json.loads(history.read_text()) if history.exists() else None
+    for name in ("validation.json", "meter.json"):
+        found[name] = json.loads((last / name).read_text()) if (last / name).exists() else None
     lines = read_metrics(output / "metrics.jsonl")
     found["metrics.jsonl"] = [{k: v for k, v in line.items() if k != "seconds_per_step"} for line in lines]
     found["folder"] = sorted(path.name for path in output.iterdir() if path.name != "cache")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -97,6 +98,35 @@ def test_nothing_is_judged_before_enough_is_seen() -> None:
     """The first steps of a run are no standard."""
     usual = Usual(8.0)
     assert [usual.excess(0.5, 10.0**i) for i in range(NEEDED)] == [None] * NEEDED
+
+
+def judged(meter: Meter, steps: range) -> list[list[str]]:
+    """What is said about steps of which every seventh holds a spike and every eleventh is not finite."""
+    said = []
+    for number in steps:
+        losses = [0.1 + 0.01 * (number % 5), 60.0 if number % 7 == 0 else 0.3]
+        meter.add(number, *step_of(losses, [0.5, 0.9], finite=number % 11 != 0))
+        said.append(meter.read(names).warnings)
+    return said
+
+
+def test_a_resumed_run_judges_as_one_that_never_stopped(accelerator) -> None:
+    """With on_spike=stop or a tolerance the judgement ends the run, so its memory is part of the checkpoint."""
+    policy = Policy(tolerate_nonfinite=10)
+    whole, first, second = (Meter(accelerator, policy) for _ in range(3))
+    expected = judged(whole, range(80))
+    assert sum(map(len, expected[30:])) >= 9, "nothing is judged, so nothing is shown"
+    assert judged(first, range(30)) == expected[:30]
+    second.load(json.loads(json.dumps(first.document())))
+    assert judged(second, range(30, 80)) == expected[30:]
+    assert second.document() == whole.document()
+
+
+def test_an_older_checkpoint_without_memory_starts_without_one(accelerator) -> None:
+    """It can be continued; the first steps are no standard, as in a new run."""
+    meter = Meter(accelerator, Policy())
+    meter.load({})
+    assert meter.document() == Meter(accelerator, Policy()).document()
 
 
 @pytest.mark.parametrize(("policy", "warned"), [("warn", True), ("stop", False), ("ignore", False)])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from finetune import make_run
 from finetune.config import OptimizerConfig
 from finetune.errors import CheckpointError, ConfigError
 from finetune.storage import read_safetensors, write_safetensors
@@ -209,6 +210,50 @@ def test_prodigy_refuses_two_rates() -> None:
     ]
     with pytest.raises(ConfigError, match=r"learning rates 0\.5, 1"):
         build_optimizer(OptimizerConfig(name="prodigy"), groups, CPU)
+
+
+RUN = {"model": {"base": "demo"}, "data": {"folder": "photos"}, "output_dir": "runs/x"}
+
+
+@pytest.mark.parametrize(
+    ("sections", "named"),
+    [
+        ({"optimizer": {"name": "prodigy"}}, "optimizer.learning_rate comes to 0.0001 with prodigy"),
+        (
+            {"optimizer": {"name": "prodigyopt.Prodigy", "learning_rate": 1}, "adapter": {"learning_rate": 1e-4}},
+            "adapter.learning_rate comes to 0.0001 with prodigyopt.Prodigy",
+        ),
+        (
+            {"optimizer": {"name": "pytorch_optimizer.DAdaptAdam", "learning_rate": 1}, "tokens": {
+                "words": {"<a>": "b"}, "learning_rate": 5e-3}},
+            "tokens.learning_rate comes to 0.005",
+        ),
+        (
+            {"optimizer": {"name": "prodigy", "learning_rate": 1}, "adapter": {"lora_plus_ratio": 16}},
+            "several learning rates: optimizer.learning_rate (1), adapter.lora_plus_ratio (16)",
+        ),
+        (
+            {"optimizer": {"name": "prodigy", "learning_rate": 1}, "adapter": {"blocks": [
+                {"pattern": "mid", "learning_rate": 0.5}, {"pattern": "up", "rank": 0, "learning_rate": 9}]}},
+            "several learning rates: optimizer.learning_rate (1), adapter.blocks[0].learning_rate (0.5)",
+        ),
+        (
+            {"optimizer": {"name": "prodigy", "learning_rate": 1}, "text_encoder_adapter": {
+                "per_encoder": {"text_encoder": {"learning_rate": 0.3}}}},
+            "text_encoder_adapter.per_encoder.text_encoder.learning_rate (0.3)",
+        ),
+    ],
+)  # fmt: skip
+def test_what_finds_its_step_size_is_given_one_rate_near_one(sections: dict[str, Any], named: str) -> None:
+    """Whichever field decides the rate, and before the base is loaded."""
+    with pytest.raises(ConfigError) as caught:
+        make_run(RUN | sections)
+    assert named in " ".join(str(caught.value).split())
+
+
+def test_a_rate_that_nothing_is_trained_with_is_not_judged() -> None:
+    """optimizer.learning_rate is only what adapters without their own take."""
+    make_run(RUN | {"optimizer": {"name": "prodigy"}, "adapter": {"learning_rate": 1.0}})
 
 
 def saved_state(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

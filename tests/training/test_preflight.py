@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from finetune import make_run
 from finetune.config import OptimizerConfig
 from finetune.errors import ConfigError, StorageError
 from finetune.training import build, checkpoint, preflight
@@ -46,15 +47,56 @@ def test_no_room_for_the_first_checkpoint_is_said_before_the_first_step(tmp_path
         preflight.check_disk(run, adapters)
 
 
-@pytest.mark.parametrize(("variable", "name"), build.SHARDING.items())
+def test_processes_that_do_not_find_each_other_are_refused(monkeypatch, tmp_path) -> None:
+    """Each would train the whole run and write it into the same folder; so it is on Apple's GPUs."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(build, "Accelerator", lambda **settings: SimpleNamespace(num_processes=1))
+    with pytest.raises(ConfigError, match="2 processes were started, but accelerate sees 1"):
+        build.build_accelerator("fp32", tmp_path, ())
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "True"}, True),
+        ({"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "True", "PMI_SIZE": "2"}, False),
+        ({"MASTER_ADDR": "127.0.0.1"}, False),
+        ({"ACCELERATE_USE_CPU": "True"}, False),
+    ],
+)
+def test_a_launcher_that_started_one_process_of_several_is_told(monkeypatch, variables: dict[str, str], told) -> None:
+    """`accelerate launch --cpu --num_processes 2` without MPI: half the batch, and nobody would know."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert bool(build.launch_warnings()) is told
+
+
+def test_a_base_in_pieces_is_refused_what_it_cannot_do(document, monkeypatch) -> None:
+    """Before anything is loaded, all at once, each with the way out."""
+    document |= {"model": document["model"] | {"storage": "nf4"}, "samples": {"prompts": ["a sks dog"]}}
+    preflight.check(make_run(document))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError) as caught:
+        preflight.check(make_run(document))
+    text = str(caught.value)
+    assert "FSDP version 1" in text and "--fsdp_version 2" in text
+    assert "model.storage=nf4" in text and "set samples.prompts=[]" in text
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(ConfigError) as caught:
+        preflight.check(make_run(document))
+    assert len(caught.value.problems) == 2
+
+
+@pytest.mark.parametrize(("variable", "name"), build.REFUSED.items())
 def test_sharded_training_is_refused_with_its_reason(monkeypatch, tmp_path, variable: str, name: str) -> None:
-    """FSDP and DeepSpeed rename and split what is saved; a run that could not be resumed must not begin."""
+    """DeepSpeed renames and splits what is saved; a run that could not be resumed must not begin."""
     monkeypatch.setenv(variable, "true")
     with pytest.raises(ConfigError) as caught:
         build.build_accelerator("fp16", tmp_path, ("nowhere",))
     text = str(caught.value)
     assert name in text and "--multi_gpu" in text
-    assert "needs a GPU" in text and "pip install nowhere" in text, "all problems come at once"
+    assert "needs a GPU" in text and "pip install 'finetune[nowhere]'" in text, "all problems come at once"
 
 
 def net(checkpointing: bool = False) -> nn.Module:
@@ -132,12 +174,13 @@ def test_the_plan_says_what_a_run_will_take_and_leaves_nothing(document, tmp_pat
     for words in (
         "Base model tiny (sd1), fp32 on cpu", "8 pictures, 2 held out", "the base as teacher, weight 1, asked every 2",
         "Steps 4, up to 4 pictures each", "Base, frozen", "Optimizer state", "Activations and gradients", "Together",
+        "Encoding pictures, before",
         "2 of", "at most, and one more while it is written", "--measure 5",
     ):  # fmt: skip
         assert words in text, words
     assert sorted(os.listdir(tmp_path)) == before
     missing = command(capsys, monkeypatch, "plan", path, "--set", "data.folder=nowhere", expect=3)
-    assert "data.folder=nowhere is no folder" in missing
+    assert "data.folder=nowhere is no folder of pictures" in missing
 
 
 def test_the_plan_can_measure_time(document, tmp_path, capsys, monkeypatch) -> None:

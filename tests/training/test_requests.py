@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -12,6 +13,7 @@ from finetune import make_run, train
 from finetune.errors import StoppedOnRequest
 from finetune.training import loop
 from finetune.training.signals import SAVE_FILE, STOP_FILE, STOPPING, Requests, requests_from_signals
+from tests.two_processes import answers
 
 
 def test_a_file_asks_once_and_is_gone(tmp_path: Path) -> None:
@@ -66,10 +68,35 @@ def test_the_second_signal_ends_at_once(tmp_path: Path, number: signal.Signals) 
             os.kill(os.getpid(), number)
 
 
+def test_a_launchers_echo_is_no_second_signal(tmp_path: Path, monkeypatch) -> None:
+    """Ctrl-C reaches every process from the terminal and again from the launcher; both mean: finish, save, stop."""
+    with requests_from_signals(Requests(tmp_path, launched=True)) as requests:
+        requests.listening = True
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert requests.stop == "SIGINT came"
+        monkeypatch.setattr(requests, "_heard", requests._heard - 3)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_before_the_loop_a_signal_ends_at_once(tmp_path: Path) -> None:
     """Nothing is lost while the base loads, so nobody waits for it."""
     with requests_from_signals(Requests(tmp_path)), pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_what_one_of_two_processes_is_asked_both_do_at_the_same_step(tmp_path: Path) -> None:
+    """A process that stops alone leaves the other waiting for it in the next reduction."""
+    start = multiprocessing.get_context("spawn").Process
+    processes = [start(target=answers, args=(rank, tmp_path)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    quiet, save, stop = (False, False), (False, True), (True, False)
+    expected = [quiet, quiet, save, quiet, stop, stop]
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)] == [repr(expected)] * 2
 
 
 def test_saving_on_request_goes_on_and_a_stop_file_ends_with_75(document, monkeypatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,36 @@ def test_changed_data_and_another_machine(document, tmp_path, monkeypatch) -> No
     assert any("threads was" in text and "not to the bit" in text for text in heard.warnings)
     with pytest.raises(CheckpointError, match="the numerics: threads was"):
         train(run, how=Resume(accept_data_change=True, strict_numerics=True))
+
+
+def test_validation_pictures_may_move_but_not_change(document, tmp_path) -> None:
+    """They decide about early stopping and the best checkpoint, so their content is compared, and not their folder."""
+    from finetune.demo.world import write_subject_pictures
+
+    write_subject_pictures(tmp_path / "training", 4)
+    write_subject_pictures(tmp_path / "judged", 2)
+    document = short(document) | {"data": {"folder": str(tmp_path / "training")}, "optimizer": {"schedule": "constant"}}
+    train(make_run(document | {"validation": {"every": 2, "folder": str(tmp_path / "judged")}}))
+    (tmp_path / "judged").rename(tmp_path / "elsewhere")
+    document["train"]["steps"] = 3
+    moved = document | {"validation": {"every": 2, "folder": str(tmp_path / "elsewhere")}}
+    assert train(make_run(moved)).steps == 3
+    (tmp_path / "elsewhere" / "01.txt").write_text("a sks robot in the rain\n")
+    with pytest.raises(CheckpointError, match=r"held out: .*01\.png: a caption changed"):
+        train(make_run(moved))
+
+
+def test_a_run_with_an_own_loss_goes_on_only_with_the_same_code(document, tmp_path, monkeypatch) -> None:
+    """The name alone says nothing about what it computes."""
+    monkeypatch.chdir(tmp_path)
+    code = tmp_path / "own_loss_of_a_resumed_run.py"
+    code.write_text("def cubed(prediction, target, delta):\n    return (prediction - target).abs() ** 3\n")
+    run = make_run(short(document) | {"objective": {"loss": "own_loss_of_a_resumed_run.cubed"}})
+    train(run)
+    assert train(run).steps == 2
+    code.write_text(code.read_text().replace("** 3", "** 4"))
+    with pytest.raises(CheckpointError, match=r"the file of your own function: objective\.loss was"):
+        train(run)
 
 
 def test_damage_is_told_with_the_steps_that_are_done_again(document) -> None:
@@ -162,15 +193,21 @@ def test_the_schedule_free_mean_is_the_librarys() -> None:
     torch.testing.assert_close(parameter.detach(), ours, rtol=0, atol=0)
 
 
-def test_one_process_two_processes_and_a_change_between_them_train_the_same(document, tmp_path) -> None:
+@pytest.mark.parametrize(
+    "launcher", ["--multi_gpu", pytest.param("--use_fsdp --fsdp_version 2", marks=pytest.mark.slow)]
+)
+def test_one_process_two_processes_and_a_change_between_them_train_the_same(document, tmp_path, launcher) -> None:
     """Draws belong to samples. Begun by one process and finished by two with half the batch each, a run ends where one
     process does, within what the order of a sum of floats can do: 1e-5 of the loss, 1e-4 of the largest change
     (measured: 2e-6 and 5e-6).
 
-    The teacher, gradient checkpointing and accumulation are on, for each needs care under DDP.
+    The teacher, gradient checkpointing and accumulation are on, for each needs care under DDP. With FSDP the base lies
+    in pieces, and a trained text encoder's adapters and the constants of pissa stay whole.
     """
+    split = "fsdp" in launcher
     document |= {
-        "text_encoder_adapter": None,
+        "text_encoder_adapter": {"rank": 4} if split else None,
+        "adapter": {"rank": 4, "init": "pissa" if split else "default"},
         "optimizer": {"name": "adamw", "learning_rate": 1e-3},
         "objective": {"teacher": {"prompts": ["a robot"], "every": 2}},
         "train": {"steps": 5, "batch_size": 4, "gradient_accumulation_steps": 2, "log_every": 1, "trackers": []},
@@ -194,16 +231,23 @@ def test_one_process_two_processes_and_a_change_between_them_train_the_same(docu
     two["train"] = two["train"] | {"batch_size": 2}
     path = tmp_path / "two.yaml"
     path.write_text(json.dumps(two))
-    # keep: on CPUs `accelerate launch` starts several processes through MPI only; torch's own launcher needs none.
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    launch += ["-m", "finetune", "train", str(path)]
-    environment = ENVIRONMENT | {"ACCELERATE_USE_CPU": "true"}
-    done_by_two = subprocess.run(launch, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *launcher.split(), "--num_processes", "2"]
+    launch += ["--main_process_port", "0", "-m", "finetune", "train", str(path)]
+    done_by_two = subprocess.run(launch, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done_by_two.returncode == 0, done_by_two.stdout + done_by_two.stderr
+    pieces = re.search(r"lies in 2 pieces of ([\d.]+) MiB", done_by_two.stdout)
+    assert bool(pieces) is split
+    if pieces:
+        networks = [Path(document["model"]["base"]) / name for name in ("unet", "text_encoder")]
+        stored = sum(path.stat().st_size for network in networks for path in network.glob("*.safetensors"))
+        assert float(pieces[1]) == pytest.approx(stored / 2 / 2**20, rel=0.1)
     logs = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two")]
     for one, other in zip(*logs, strict=True):
         for key in {"loss", "teacher_loss", "grad_norm", "validation/ratio"} & one.keys():
             assert other[key] == pytest.approx(one[key], rel=1e-5), (one["step"], key)
+    judged = [json.loads((tmp_path / n / "checkpoint-000005" / "meter.json").read_text()) for n in ("one", "two")]
+    for alone, together in zip(*(document["usual"] for document in judged), strict=True):
+        assert together == pytest.approx(alone, rel=1e-5), "both judge all pictures, in one order"
     one, other = (AdapterFile.read(tmp_path / name / "adapter.safetensors").tensors for name in ("one", "two"))
     moved = max(float(one[name].abs().max()) for name in one if name.endswith("lora_B.weight"))
     for name, tensor in one.items():

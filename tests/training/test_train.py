@@ -175,7 +175,7 @@ def test_user_errors_are_words_not_tracebacks(document, tmp_path, capsys, monkey
     path.write_text(json.dumps(document))
     cases = [
         (["train", path, "--set", "adapter.rnak=3"], 2, "did you mean rank?"),
-        (["train", path, "--set", "data.folder=nowhere"], 3, "data.folder=nowhere is no folder"),
+        (["train", path, "--set", "data.folder=nowhere"], 3, "data.folder=nowhere is no folder of pictures"),
         (["train", path, "--set", "data.trigger=ohwx"], 3, "does not hold the trigger"),
         (["train", path, "--set", "model.base=nowhere/nothing"], 2, "neither a folder or file here nor a hub id"),
         (["train", path, "--set", "validation.holdout=99"], 2, "leaves nothing to train on"),
@@ -270,5 +270,5 @@ def test_a_tracker_that_is_not_installed_is_refused(document, monkeypatch):
 
     monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
     document["train"] = document["train"] | {"trackers": ["wandb"]}
-    with pytest.raises(ConfigError, match="pip install wandb"):
+    with pytest.raises(ConfigError, match=r"pip install 'finetune\[wandb\]'"):
         train(make_run(document))
