@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from finetune.config import Run
 from finetune.errors import ConfigError, NumericError
@@ -128,6 +129,7 @@ def _papers(run: Run, result: TrainResult, exported: list[Exported], folder: Pat
         shutil.copyfile(sheet, folder / sheet.name)
     files = {item.format: item.path.name for item in exported}
     rate = run.adapter.learning_rate if run.adapter else None
+    denoiser: Any = result.components.denoiser.config
     write_card(
         folder,
         Card(
@@ -137,7 +139,8 @@ def _papers(run: Run, result: TrainResult, exported: list[Exported], folder: Pat
             description=run.export.description,
             license=run.export.license,
             author=run.export.author,
-            pipeline=result.family.pipeline_class,
+            pipeline=result.family.pipeline_for(denoiser),
+            repaints=result.family.repaints(denoiser),
             kohya_file=files.get("kohya", ""),
             diffusers_file=files.get("diffusers", ""),
             embeddings=tuple(f"{file_stem(word)}.safetensors" for word in result.adapter.header.tokens),

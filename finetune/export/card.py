@@ -27,6 +27,7 @@ class Card:
         license: an SPDX id or a hub licence name; empty leaves it open.
         author: who made it; empty leaves it out.
         pipeline: diffusers class that loads the base.
+        repaints: whether that pipeline wants a picture and a mask beside the prompt.
         embeddings: names of the files of learned words, in the folder `embeddings`.
         kohya_file: name of the file for A1111 and ComfyUI; empty if there is none.
         diffusers_file: name of the file for diffusers; empty if there is none.
@@ -44,6 +45,7 @@ class Card:
     license: str = ""
     author: str = ""
     pipeline: str = "StableDiffusionPipeline"
+    repaints: bool = False
     embeddings: tuple[str, ...] = ()
     kohya_file: str = ""
     diffusers_file: str = "pytorch_lora_weights.safetensors"
@@ -108,6 +110,7 @@ def _usage(card: Card) -> list[str]:
     link = f"[{base}](https://huggingface.co/{base})" if is_hub_id(base) else f"`{base}`"
     parts = []
     if card.diffusers_file:
+        given = ", image=picture, mask_image=mask" if card.repaints else ""
         origin = json.dumps(base if is_hub_id(card.base) else f"path/to/{base}")
         parts += [
             "With diffusers, from the folder that holds this file:",
@@ -115,7 +118,7 @@ def _usage(card: Card) -> list[str]:
             f"from diffusers import {card.pipeline}\n\n"
             f"pipeline = {card.pipeline}.from_pretrained({origin})\n"
             f'pipeline.load_lora_weights(".", weight_name={json.dumps(card.diffusers_file)})\n'
-            f'pipeline({json.dumps(prompt, ensure_ascii=False)}).images[0].save("picture.png")\n'
+            f'pipeline({json.dumps(prompt, ensure_ascii=False)}{given}).images[0].save("picture.png")\n'
             "```",
         ]
     if card.kohya_file:

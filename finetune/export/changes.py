@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from finetune.adapters.files import DOWN, UP, delta_weight
 from finetune.adapters.updates import LORA, UPDATES, merged_bias, merged_weight
-from finetune.export.job import ExportError, Job, shortened
+from finetune.errors import first_few
+from finetune.export.job import ExportError, Job
 from finetune.interchange.adapter import Place
 from finetune.sampling import adapter_targets
 
@@ -99,7 +100,7 @@ def check(job: Job) -> None:
                 if broken
                 else ", or train it at least one step."
             ),
-            shortened([*broken, *idle]),
+            first_few([*broken, *idle]),
         )
 
 

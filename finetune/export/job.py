@@ -124,12 +124,3 @@ class Outcome:
     wanted: Adapter | None = None
     lost: float = 0.0
     notes: tuple[str, ...] = ()
-
-
-SHOWN = 8
-
-
-def shortened(problems: list[str]) -> list[str]:
-    """The first few problems and how many more there are."""
-    more = [f"and {len(problems) - SHOWN} more."] if len(problems) > SHOWN else []
-    return [*problems[:SHOWN], *more]

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from finetune import storage
+from finetune.errors import first_few
 from finetune.export.changes import Deltas
-from finetune.export.job import ExportError, Job, shortened
+from finetune.export.job import ExportError, Job
 from finetune.export.neutral import architecture
 from finetune.families.original_keys import INWARDS, config_of
 from finetune.families.text import canonical
@@ -55,7 +56,7 @@ def read(job: Job, path: Path) -> Deltas:
         stem, _, ending = name.partition(".")
         stems.setdefault(stem, {})[ending] = tensor
     if unknown := sorted(set(stems) - set(layers)):
-        raise ExportError("Readers of kohya layout would not load these keys.", shortened(unknown))
+        raise ExportError("Readers of kohya layout would not load these keys.", first_few(unknown))
     found: Deltas = {}
     for stem in sorted(stems):
         members = layers[stem]

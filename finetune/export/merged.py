@@ -27,17 +27,16 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from finetune.adapters.files import TOKENS, AdapterFile
+from finetune.errors import first_few
 from finetune.export import metadata
 from finetune.export.changes import Change, changes
 from finetune.export.folders import Words, save_config, scrub, with_words, word_rows
-from finetune.export.job import ExportError, Job, Outcome, Rounding, shortened
+from finetune.export.job import ExportError, Job, Outcome, Rounding
 from finetune.export.streaming import Plan, planned, write
 from finetune.families.original_keys import IDENTITY, Layout, config_of, to_original
 from finetune.families.text import canonical
+from finetune.interchange.into_base import LARGEST_LOSS
 from finetune.sampling import build_pipeline
-
-LARGEST_LOSS = 0.01
-"""Share of the adapter's effect on the weights that rounding may take."""
 
 
 def write_merged(job: Job, path: Path) -> Outcome:
@@ -142,7 +141,8 @@ def single_plan(job: Job) -> Plan:
 
 def without_words(job: Job) -> Job:
     """The job without learned words, for files whose vocabulary has a fixed size."""
-    tensors = {name: tensor for name, tensor in job.file.tensors.items() if f".{TOKENS}." not in name}
+    words = {name for name in job.file.tensors if (place := job.file.place(name)) and place[1] == TOKENS}
+    tensors = {name: tensor for name, tensor in job.file.tensors.items() if name not in words}
     return replace(job, file=AdapterFile(tensors, replace(job.file.header, tokens=())))
 
 
@@ -200,7 +200,7 @@ def _write(job: Job, path: Path, plan: Plan, entries: dict[str, str], *, hashed:
     if overflowing:
         raise ExportError(
             f"The merged weights do not fit {job.dtype_name}. Write the merged model as bf16 or fp32.",
-            shortened(overflowing),
+            first_few(overflowing),
         )
 
 

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from torch import Tensor
 
@@ -47,10 +48,12 @@ def modelspec(job: Job, kind: str = "lora") -> dict[str, str]:
     papers, header = job.papers, job.file.header
     prediction = {"epsilon": "epsilon", "v_prediction": "v"}
     triggers = ", ".join(header.trigger_words)
+    denoiser: Any = job.components.denoiser
+    architecture = job.family.modelspec(denoiser.config, job.components.scheduler_config)
     entries = {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{job.family.modelspec_architecture}{f'/{kind}' if kind else ''}",
+        "modelspec.architecture": f"{architecture}/{kind}" if kind else architecture,
         "modelspec.implementation": "diffusers",
         "modelspec.title": papers.title or job.name,
         "modelspec.description": papers.description,

@@ -9,8 +9,8 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils._validators import validate_repo_id
 
-from finetune.errors import ConfigError
-from finetune.export.job import ExportError, shortened
+from finetune.errors import ConfigError, first_few
+from finetune.export.job import ExportError
 from finetune.export.manifest import check_manifest
 from finetune.export.metadata import private_parts
 
@@ -90,9 +90,9 @@ def _files(folder: Path, repository: str) -> list[str]:
         raise ConfigError("Nothing can be sent:", problems)
     changed = check_manifest(folder) if (folder / "manifest.json").is_file() else []
     if changed:
-        raise ConfigError(f"{folder} is no longer what was built; build it again.", shortened(changed))
+        raise ConfigError(f"{folder} is no longer what was built; build it again.", first_few(changed))
     if private := [f"{name} holds {part}." for name in files for part in _private(folder / name)]:
-        raise ExportError("These files would give away something private; nothing was sent.", shortened(private))
+        raise ExportError("These files would give away something private; nothing was sent.", first_few(private))
     return files
 
 

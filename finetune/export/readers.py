@@ -22,9 +22,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional
 
+from finetune.errors import first_few
 from finetune.export import kohya_reader, merged
 from finetune.export.changes import Deltas, deltas
-from finetune.export.job import ExportError, Job, shortened
+from finetune.export.job import ExportError, Job
 from finetune.export.merged import all_networks, network_plan, single_plan
 from finetune.export.streaming import differing
 from finetune.families import Choices, load_family
@@ -105,7 +106,7 @@ def read_merged(job: Job, path: Path) -> Reading:
         named = {canonical(network, component, name): entry for name, entry in plan.items()}
         problems += [f"{component}.{problem}" for file in files for problem in differing(file, named)]
     if problems:
-        raise ExportError(f"{path.name} does not read back as it was written.", shortened(problems))
+        raise ExportError(f"{path.name} does not read back as it was written.", first_few(problems))
     pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(
         str(path), torch_dtype=job.dtype, local_files_only=True, use_safetensors=True
     )
@@ -116,11 +117,11 @@ def read_single(job: Job, path: Path) -> Reading:
     """`from_single_file`, with the configuration of the base instead of one from the hub."""
     problems = list(differing(path, single_plan(job)))
     if problems:
-        raise ExportError(f"{path.name} does not read back as it was written.", shortened(problems))
+        raise ExportError(f"{path.name} does not read back as it was written.", first_few(problems))
     folder = path.parent / ".configuration"
     try:
         merged.write_configs(merged.without_words(job), folder)
-        constructor = getattr(diffusers, job.family.pipeline_class)
+        constructor = getattr(diffusers, job.family.pipeline_for(job.components.denoiser.config))
         pipeline: Any = constructor.from_single_file(
             str(path), config=str(folder), local_files_only=True, torch_dtype=job.dtype
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from finetune.export.job import Job
 from finetune.export.neutral import architecture
-from finetune.interchange.readers import NO, judge
+from finetune.interchange.readers import NO, judge, shortcomings
 from finetune.interchange.sources import open_sources
 
 FIXED_WIDTHS = {"kohya": "diffusers", "single-file": "from_single_file"}
@@ -21,10 +21,10 @@ def readers_of(job: Job, path: Path, format_name: str, readers: Sequence[str]) -
     table = architecture(job)
     chosen, notes = list(readers), []
     if format_name == "kohya":
-        verdict = judge("diffusers", table, open_sources(path, table))
-        if verdict.verdict == NO:
+        sources = open_sources(path, table)
+        notes += shortcomings(table, sources)
+        if judge("diffusers", table, sources).verdict == NO:
             chosen.remove("diffusers")
-            notes.append(f"diffusers cannot load it: {verdict.reason}.")
     fixed = FIXED_WIDTHS.get(format_name)
     if fixed in chosen and job.family.packing > 1 and not table.published:
         chosen.remove(fixed)

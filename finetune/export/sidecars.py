@@ -62,7 +62,9 @@ def write_sidecars(
         # keep: written anew, because pictures of a run may hold text chunks.
         small = image.convert("RGB")
         small.thumbnail((2 * SIDE, 2 * SIDE))
-        small.save(folder / f"{name}.png")
+        stream = io.BytesIO()
+        small.save(stream, "PNG")
+    _put(stream.getvalue(), folder / f"{name}.png")
     return [folder / f"{name}.json", folder / f"{name}.png"]
 
 
@@ -100,12 +102,13 @@ def install_files(where: str, exported: dict[str, Path]) -> list[Path]:
         for file in files:
             if file.suffix in {".safetensors", ".json", ".png"}:
                 found.append(place / file.name)
-                _copy(file, found[-1])
+                _put(file.read_bytes(), found[-1])
     return found
 
 
-def _copy(source: Path, target: Path) -> None:
+def _put(data: bytes, target: Path) -> None:
+    """Write a file whole or not at all."""
     beside = target.with_name(f".{target.name}.part")
     with storage.disk_errors(target):
-        beside.write_bytes(source.read_bytes())
+        beside.write_bytes(data)
         storage.publish(beside, target)

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finetune.errors import first_few
 from finetune.export.changes import Deltas, deltas
-from finetune.export.job import ExportError, Job, Outcome, shortened
+from finetune.export.job import ExportError, Job, Outcome
 from finetune.export.readers import READERS, Reading
 from finetune.families.base import Components, ModelFamily, SizeConditioning
 from finetune.rng import rng
@@ -21,9 +22,11 @@ from finetune.sampling import adapter_applied, evaluating
 WEIGHTS_LIMIT = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 """Written number format -> largest allowed |change read - change trained| / |change trained| of a module.
 
-Norms are Frobenius. Two factors rounded to nearest lose at most about 2**-11 each in fp16 and 2**-8 each in
-bf16; the limits are twice that.
+Norms are Frobenius; a module that changes less than NEGLIGIBLE of what the most changed one does counts as that, for
+half precision has no finer numbers. Two factors rounded to nearest lose at most about 2**-11 each in fp16
+and 2**-8 each in bf16; the limits are twice that.
 """
+NEGLIGIBLE = 1e-4
 COMPUTE_LIMIT = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Number format of the live networks -> how far two orders of a sum may differ, over the largest output."""
 AMPLIFICATION = 5.0
@@ -166,7 +169,7 @@ def outputs(
     parameter = next(components.denoiser.parameters())
     config: Any = components.denoiser.config
     side = min(int(getattr(config, "sample_size", None) or LARGEST_SIDE), LARGEST_SIDE)
-    shape = (len(prompts), family.latent_channels(components.denoiser), side, side)
+    shape = (len(prompts), family.input_channels(components.denoiser), side, side)
     noisy = torch.randn(shape, generator=rng(0, "verify")).to(device, parameter.dtype)
     pixels = torch.full((len(prompts), 2), side * 8, device=device)
     sizes = SizeConditioning(pixels, torch.zeros_like(pixels), pixels)
@@ -195,16 +198,18 @@ def _compare_weights(
     problems += [
         f"{'.'.join(key)} is changed, though the adapter leaves it alone." for key in set(read) - set(wanted)
     ]
-    figures = []
+    measured = []
     for key in sorted(set(wanted) & set(read)):
         ours, theirs = wanted[key](), read[key]()
         problems += [f"{'.'.join(key)} loses its {name}." for name in ours if name not in theirs and ours[name].any()]
         for name in sorted(ours.keys() & theirs.keys()):
             difference = theirs[name].double().cpu().reshape(ours[name].shape) - ours[name].cpu()
-            size = float(ours[name].norm())
-            lost = float(difference.norm())
-            figures.append((lost / size if size else lost, float(difference.abs().max()), ".".join(key)))
-    figures.sort(reverse=True)
+            measured.append((".".join(key), difference.norm(), ours[name].norm(), difference.abs().max()))
+    least = NEGLIGIBLE * max((float(size) for _, _, size, _ in measured), default=0.0)
+    figures = sorted(
+        ((float(lost) / (max(float(size), least) or 1.0), float(most), name) for name, lost, size, most in measured),
+        reverse=True,
+    )
     problems += [
         f"{name} differs by {relative:.2e} of its size."
         for relative, _, name in figures
@@ -214,7 +219,7 @@ def _compare_weights(
         raise ExportError(
             f"{path.name} was not kept: read back by {reader}, {len(problems)} modules are not what was "
             f"trained (at most {limit:.0e} of a module's change may be lost in {job.dtype_name}).",
-            [*shortened(problems), *_advice(job)],
+            [*first_few(problems), *_advice(job)],
         )
     if not figures:
         return 0.0, 0.0, ""

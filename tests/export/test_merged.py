@@ -9,7 +9,10 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from finetune.export import ExportError, export
+from finetune.adapters.files import TOKENS
+from finetune.export import ExportError, Papers, export
+from finetune.export.job import Job
+from finetune.export.merged import without_words
 from finetune.storage import read_safetensors
 from tests.tiny import random_adapter
 
@@ -86,3 +89,14 @@ def test_scheduler_with_infinite_settings_survives(base, adapter, tmp_path):
     loaded = StableDiffusionPipeline.from_pretrained(tmp_path / "merged")
     assert type(loaded.scheduler).__name__ == "DPMSolverMultistepScheduler"
     assert loaded.scheduler.config.beta_schedule == "scaled_linear"
+
+
+def test_a_table_of_tokens_that_was_trained_whole_is_no_learned_word(base):
+    """Both are called token_embedding; a single file once lost the table of a fully trained text encoder."""
+    file = random_adapter(*base, rank={"unet": 4}, alpha={"unet": 4.0})
+    table = "text_encoder.text_model.embeddings.token_embedding.weight"
+    word = f"text_encoder.{TOKENS}.0"
+    header = dataclasses.replace(file.header, method={"text_encoder": "full"}, tokens=("<robot>",))
+    both = dataclasses.replace(file, tensors={table: torch.zeros(8, 4), word: torch.zeros(2, 4)}, header=header)
+    job = Job(both, *base, "toy", torch.float32, Papers())
+    assert set(without_words(job).file.tensors) == {table}

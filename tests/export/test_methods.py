@@ -40,10 +40,10 @@ def adapters(tmp_path_factory):
         ("sd1", "dora", ["diffusers", "peft"]),
         ("sd1", "loha", ["kohya"]),
         ("sd1", "lokr", ["kohya", "peft"]),
-        ("sd1", "ia3", ["kohya"]),
+        ("sd1", "ia3", ["kohya", "peft"]),
         ("sd3", "lora", ["kohya", "diffusers"]),
         pytest.param("sd1", "oft", ["peft", "merged"], marks=pytest.mark.slow),
-        pytest.param("sd1", "full", ["merged", "kohya"], marks=pytest.mark.slow),
+        pytest.param("sd1", "full", ["merged", "single-file", "kohya"], marks=pytest.mark.slow),
         pytest.param("flux", "lora", ["kohya", "diffusers", "single-file"], marks=pytest.mark.slow),
     ],
 )
