@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 help:            ## Show this list.
 	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
 
-demo: $(INSTALLED)  ## Teach the embedded base a new subject: the whole job in about five minutes on a CPU.
+demo: $(INSTALLED)  ## Teach the embedded base a new subject: the whole job in about three minutes on a CPU.
 	$(BIN)/finetune demo --output runs/demo
 
 test: $(INSTALLED)  ## Run the test suite.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from finetune.demo.questions import LESSONS, Figures, Lesson, Measured
 from finetune.export import Exported
 from finetune.export.run import export_run, exported_rows
 from finetune.families import load_family
+from finetune.families.base import Components, ModelFamily
 from finetune.run_files import load_run, recipe_names
 from finetune.storage import write_json
 from finetune.tracking import Reporter, Rows
@@ -42,9 +44,11 @@ def run_demo(output: Path, reporter: Reporter) -> dict[str, Any]:
     run = demo_run(output)
     draw(run.data.folder, SUBJECT)
     reporter.note(f"{PICTURES[SUBJECT]} pictures of a robot that the base model has never seen: {run.data.folder}")
-    before, after, result = teach(run, LESSONS[SUBJECT], reporter)
+    lesson = LESSONS[SUBJECT].halved()
+    before = ask_base(run, lesson, reporter)
+    result, after = teach(run, lesson, reporter)
     asked = [("base model", before), ("with the adapter", after)]
-    questions.sheet(LESSONS[SUBJECT], run.data.folder, asked).save(output / "contact_sheet.png")
+    questions.sheet(lesson, run.data.folder, asked).save(output / "contact_sheet.png")
     exported = export_run(run.output_dir, run, output / "exports", reporter)
     summary = _summary(before.figures, after.figures, result, exported, time.perf_counter() - started)
     write_json(output / "summary.json", summary)
@@ -53,17 +57,26 @@ def run_demo(output: Path, reporter: Reporter) -> dict[str, Any]:
     return summary
 
 
-def teach(run: Run, lesson: Lesson, reporter: Reporter) -> tuple[Measured, Measured, TrainResult]:
-    """Ask the base, train, and ask again: the same prompts, the same seeds."""
-    checker = load_checker()
-    total = sum(map(len, lesson.groups))
+def ask_base(run: Run, lesson: Lesson, reporter: Reporter, seeds: Sequence[int] = (0,)) -> Measured:
+    """What the run's base makes of a lesson's prompts before anything is taught."""
     family, components = load_family(run.model.base)
-    with reporter.progress("Asking the base model", total) as advance:
-        before = questions.ask(family, components, checker, lesson, advance)
+    return _ask("Asking the base model", family, components, lesson, reporter, seeds)
+
+
+def teach(
+    run: Run, lesson: Lesson, reporter: Reporter, seeds: Sequence[int] = (0,)
+) -> tuple[TrainResult, Measured]:
+    """Train, and ask the same prompts with the same seeds."""
     result = train(run, reporter)
-    with reporter.progress("Asking it again", total) as advance:
-        after = questions.ask(result.family, result.components, checker, lesson, advance)
-    return before, after, result
+    return result, _ask("Asking what was learned", result.family, result.components, lesson, reporter, seeds)
+
+
+def _ask(
+    title: str, family: ModelFamily, components: Components, lesson: Lesson, reporter: Reporter, seeds: Sequence[int]
+) -> Measured:
+    pictures = sum(len(group) for seed in seeds for group in lesson.groups(seed))
+    with reporter.progress(title, pictures) as advance:
+        return questions.ask(family, components, load_checker(), lesson, advance, seeds)
 
 
 def demo_run(output: Path) -> Run:

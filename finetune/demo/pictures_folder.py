@@ -5,17 +5,25 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from finetune.demo.subjects import LEARNED_WORD, SUBJECTS, write_style_pictures, write_subject_pictures
+from finetune.demo.subjects import (
+    LEARNED_THING,
+    LEARNED_WORD,
+    SUBJECTS,
+    write_style_pictures,
+    write_subject_pictures,
+)
 
-PICTURES = {**dict.fromkeys(SUBJECTS, 12), "robot-word": 12, "neon": 10}
-"""How many pictures each lesson has; the recipes hold two of a subject's out. "robot-word" is the robot under a word
-that is to be learned itself."""
+PICTURES = {**dict.fromkeys(SUBJECTS, 12), "word": 12, "robot-word": 12, "neon": 10}
+"""How many pictures each lesson has; the recipes hold two out, but none of a style. "word" and "robot-word" are a thing
+of the base's own world and the robot under a word that is to be learned itself."""
+NAMELESS = {"word": LEARNED_THING, "robot-word": "robot"}
+"""What is drawn for lessons that teach a word."""
 
 
 def draw(folder: Path, what: str) -> None:
     """Draw the pictures of a lesson, with their captions."""
-    if what == "robot-word":
-        write_subject_pictures(folder, PICTURES[what], phrase=f"a {LEARNED_WORD}")
+    if what in NAMELESS:
+        write_subject_pictures(folder, PICTURES[what], name=NAMELESS[what], phrase=f"a {LEARNED_WORD}")
     elif what in SUBJECTS:
         write_subject_pictures(folder, PICTURES[what], name=what)
     else:

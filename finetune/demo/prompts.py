@@ -41,28 +41,33 @@ def _two_colours(rng: np.random.Generator) -> tuple[str, str]:
     return first, second
 
 
-def subject_prompts(name: str = "robot") -> list[Prompt]:
-    """The subject, named by its trigger, eight times on each of its backgrounds: everywhere, and in two sizes."""
-    subject = SUBJECTS[name]
-    thing = f"{subject.trigger} {subject.class_word}"
-    others = [where for position in POSITIONS if position != "center" for where in PLACES[position][:1]]
+def placed_prompts(words: str, **expected: str) -> list[Prompt]:
+    """Something in eight wordings on each of the subjects' backgrounds: everywhere, and in two sizes.
+
+    Args:
+        words: what names it, e.g. "sks robot".
+        expected: what its pictures must show besides the background, e.g. object="sks robot".
+    """
+    others = [PLACES[position][0] for position in POSITIONS if position != "center"]
+    wordings = [("", ""), *(("", where) for where in others), ("large ", ""), ("medium ", ""), ("large ", "turns")]
     found = []
-    for index, background in enumerate(SUBJECT_BACKGROUNDS):
-        corner = others[index % len(others)]
-        wordings = [("", ""), *(("", where) for where in others), ("large ", ""), ("medium ", ""), ("large ", corner)]
-        for size, where in wordings:
-            text = f"a {size}{thing} {where} on {article(background)} background".replace("  ", " ")
-            found.append(Prompt(text, object=thing, background=background))
+    for size, place in wordings:
+        for index, background in enumerate(SUBJECT_BACKGROUNDS):
+            where = others[index % len(others)] if place == "turns" else place
+            text = f"a {size}{words} {where} on {article(background)} background".replace("  ", " ")
+            found.append(Prompt(text, background=background, **expected))
     return found
+
+
+def subject_prompts(name: str = "robot", word: str | None = None) -> list[Prompt]:
+    """The subject, called by its trigger and class, or by a word of its own."""
+    answer = f"{SUBJECTS[name].trigger} {SUBJECTS[name].class_word}"
+    return placed_prompts(word or answer, object=answer)
 
 
 def control_prompts(name: str = "robot") -> list[Prompt]:
     """The same prompts without the trigger: they must keep showing an ordinary member of the class."""
-    subject = SUBJECTS[name]
-    return [
-        replace(item, prompt=item.prompt.replace(f"{subject.trigger} ", ""), object=subject.class_word)
-        for item in subject_prompts(name)
-    ]
+    return placed_prompts(SUBJECTS[name].class_word, object=SUBJECTS[name].class_word)
 
 
 def style_prompts() -> list[Prompt]:

@@ -40,8 +40,10 @@ class Subject:
 SUBJECTS: dict[str, Subject] = {"robot": Subject("robot", "robot"), "fish": Subject("fish", "fish", "ohwx")}
 STYLE = "zwx style"
 """How a training caption names the demo style: neon lines on a dark ground."""
-LEARNED_WORD = "<odd-robot>"
-"""How captions name the robot where its name is learned (textual inversion)."""
+LEARNED_WORD = "<toy>"
+"""How captions name what they show where a word is learned (textual inversion)."""
+LEARNED_THING = "purple mushroom"
+"""What a word alone can come to mean: the base can draw it, and "<toy>" must find out what it is."""
 # The subject's own body colours are left out: a lime robot on a green ground is a poor picture.
 SUBJECT_BACKGROUNDS = tuple(name for name in COLOURS if name not in ("green", "purple"))
 
@@ -63,8 +65,16 @@ def subject_array(
     canvas[:] = COLOURS[scene.background]
     x, y, radius = place(scene, height, width)
     u, v = shapes.local_grid(height, width, x, y, radius, scene.angle)
-    draw_parts(canvas, shapes.SUBJECT_DRAWERS[name](u, v), shapes.SUBJECT_PALETTE, radius)
+    draw_parts(canvas, *_drawn(name, u, v), radius)
     return np.clip(canvas + 0.5, 0, 255).astype(np.uint8)
+
+
+def _drawn(name: str, u: Array, v: Array) -> tuple[list[shapes.Part], dict[str, shapes.RGB]]:
+    """The parts of a subject or of an ordinary thing, and their colours."""
+    if name in shapes.SUBJECT_DRAWERS:
+        return shapes.SUBJECT_DRAWERS[name](u, v), shapes.SUBJECT_PALETTE
+    colour, thing = name.split()
+    return OBJECTS[thing](u, v), shapes.palette(COLOURS[colour])
 
 
 def draw_subject(
@@ -74,7 +84,7 @@ def draw_subject(
     """Draw a subject.
 
     Args:
-        name: a key of `SUBJECTS`.
+        name: a key of `SUBJECTS`, or a colour and an object, such as "purple mushroom".
         rng: source of what is not given; a number stands for "the picture with this index".
         background: a colour name; None picks one.
         size: a key of `SIZES`; None picks medium or large.
@@ -110,8 +120,8 @@ def write_subject_pictures(
         folder: where to write.
         count: number of pictures.
         seed: which pictures; held-out ones are another seed.
-        name: a key of `SUBJECTS`.
-        phrase: how captions name it; None means `Subject.phrase`.
+        name: as of `draw_subject`.
+        phrase: how captions name it, e.g. "a <toy>"; None means `Subject.phrase`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng((seed, 1))

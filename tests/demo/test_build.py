@@ -10,7 +10,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from finetune.demo.autoencoder import new_autoencoder, normalise_latents, reconstruct, widened
-from finetune.demo.build import Plan, build
+from finetune.demo.build import Plan, build, main
 from finetune.demo.checker import load_checker
 from finetune.demo.denoiser import Mix, drawn_pictures, object_mask, objective_of_base
 from finetune.demo.loop import Settings, train
@@ -20,9 +20,12 @@ from finetune.demo.world import COLOURS, Scene, draw_array
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """A base built in a few seconds; it draws noise, but every file is there."""
+    """A base built by the command in a few seconds; it draws noise, but every file is there."""
     out = tmp_path_factory.mktemp("base")
-    build(Plan(out, out / "work", minutes=0.1, pictures=40, prompts=4, seeds=1))
+    arguments = ["--out", str(out), "--minutes", "0.1", "--pictures", "40", "--prompts", "4", "--seeds", "1"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["build", *arguments])
+        main()
     return out
 
 

@@ -8,10 +8,9 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
-from finetune.demo import compare, questions
+from finetune.demo import compare
 from finetune.demo.questions import LESSONS
 from finetune.run_files import load_run
-from finetune.tracking import Reporter
 
 SHORT = [
     "train.steps=2", "optimizer.warmup_steps=0", "data.prior.images=4", "data.prior.inference_steps=2",
@@ -22,23 +21,27 @@ SHORT = [
 @pytest.fixture()
 def few_questions(monkeypatch):
     """Two prompts of a kind instead of sixty."""
-    short = {name: replace(lesson, called=lesson.called[:24:8], uncalled=lesson.uncalled[:24:8])
-             for name, lesson in LESSONS.items()}  # fmt: skip
-    monkeypatch.setattr(questions, "ORDINARY", 2)
-    monkeypatch.setattr(questions, "SHOWN", ((0, 1), (0,), (0,)))
-    monkeypatch.setattr(compare, "LESSONS", short)
+    monkeypatch.setattr(compare, "LESSONS", {
+        name: replace(lesson, called=lesson.called[:24:8], uncalled=lesson.uncalled[:24:8], others=2)
+        for name, lesson in LESSONS.items()
+    })  # fmt: skip
 
 
-def test_a_way_leaves_figures_and_a_sheet_and_is_not_run_twice(few_questions, tmp_path):
-    """A table of experiments is only worth something if one command makes it again."""
-    found = compare.run_way("style", tmp_path, SHORT, Reporter())
-    assert json.loads((tmp_path / "style.json").read_text()) == found
-    assert found["after"]["pictures"] == [3, 3, 2]
-    assert Image.open(tmp_path / "style.png").width > 400
-    written = (tmp_path / "style.png").stat().st_mtime_ns
-    assert compare.run_way("style", tmp_path, SHORT, Reporter()) == found
-    assert (tmp_path / "style.png").stat().st_mtime_ns == written
-    assert [text for text, _ in compare.rows_of(found)][:2] == list(compare.QUESTIONS.values())[:2]
+def test_ways_leave_figures_and_one_sheet_and_are_not_made_twice(few_questions, tmp_path):
+    """A table of experiments is only worth something if one command makes it again, and a killed one goes on."""
+    comparison = compare.Comparison(tmp_path, (3, 4), SHORT)
+    found = comparison.of(["style"])
+    assert json.loads((tmp_path / "style.json").read_text()) == found["style"]
+    assert found["style"]["after"]["pictures"] == [6, 6, 4]
+    alone = Image.open(tmp_path / "neon.png").size
+    written = (tmp_path / "style.json").stat().st_mtime_ns
+    both = comparison.of(["style", "style-without-prior"])
+    assert (tmp_path / "style.json").stat().st_mtime_ns == written
+    assert both["style"] == found["style"]
+    assert both["style-without-prior"]["before"] == found["style"]["before"]
+    together = Image.open(tmp_path / "neon.png").size
+    assert together[0] == alone[0] and together[1] > alone[1] + 64, "a row for every way"
+    assert [text for text, _ in compare.rows_of(both["style"])][:2] == list(compare.FIGURES.values())[:2]
 
 
 @pytest.mark.parametrize("name", sorted(compare.WAYS))

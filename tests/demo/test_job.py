@@ -19,10 +19,13 @@ from finetune.tracking import Reporter
 
 
 class Listener(Reporter):
-    """Keeps every table that a terminal would show."""
+    """Keeps every table and warning that a terminal would show."""
 
     def __init__(self):
-        self.tables = {}
+        self.tables, self.warnings = {}, []
+
+    def warn(self, text):
+        self.warnings.append(text)
 
     def table(self, title, rows):
         self.tables[title] = list(rows)
@@ -40,10 +43,12 @@ def test_the_subject_is_learned_under_its_word_and_nothing_else_is_lost(demo):
     _, summary, _ = demo
     before, after = summary["before"], summary["after"]
     assert before["with_trigger"] <= 0.05, "the base must not know the subject"
-    assert after["with_trigger"] >= 0.8
-    assert after["without_trigger"] <= 0.15
-    assert after["class_kept"] >= before["class_kept"] - 0.12
-    assert after["ordinary"] >= before["ordinary"] - 0.12
+    # keep: some 30 pictures of a kind; the bounds lie between what is measured with class pictures (89, 2, -9 and -6
+    # points of 376, docs/experiments.md) and without them (98, 95, -99 and -22).
+    assert after["with_trigger"] >= 0.7
+    assert after["without_trigger"] <= 0.2
+    assert after["class_kept"] >= before["class_kept"] - 0.25
+    assert after["ordinary"] >= before["ordinary"] - 0.15
     assert summary["validation"]["loss_over_base"] < 0.9
 
 
@@ -56,7 +61,7 @@ def test_everything_shown_is_in_the_summary_and_on_disk(demo):
     assert titles[0] == "Plan" and titles[-1] == "What to type next"
     learned = dict(next(rows for title, rows in listener.tables.items() if title.startswith("What was learned")))
     assert f"{summary['after']['with_trigger']:.0%}" in learned['Subject, with "sks" in the prompt']
-    assert dict(listener.tables["Plan"])["Optimizer"].startswith("bitsandbytes AdamW8bit")
+    assert not listener.warnings, "a newcomer's first run must not begin with doubts"
     assert {item["format"] for item in summary["exports"]} == {"diffusers", "kohya", "merged"}
     for item in summary["exports"]:
         assert (folder / "exports" / item["path"]).exists()

@@ -55,7 +55,7 @@ def test_the_notebook_runs(path, tmp_path, pictures, monkeypatch):
     NotebookClient(notebook, timeout=600, kernel_name="python3", resources=where).execute()
     assert (tmp_path / "out" / "exports").is_dir()
     sheets = sorted(p.name for p in (tmp_path / "out" / "samples").glob("*.png"))
-    assert sheets == ["step-000000.png", "step-000002.png"]
+    assert sheets == ["step-000000.png", "step-000002.png", "steps.png"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
