@@ -62,7 +62,7 @@ def test_the_python_example_runs(tiny_base, tmp_path, pictures, monkeypatch):
     (tmp_path / "photos").symlink_to(pictures)
     extra = {"model.base": str(tiny_base), "model.variant": None, "train.steps": 2, "optimizer.warmup_steps": 0,
              "data.resolution": 64, "validation.holdout": 1}  # fmt: skip
-    code = block("Four doors", "python")
+    code = block("Ways in", "python")
     exec(code.replace('"output_dir": "runs/mine"', f'"output_dir": "runs/mine", **{extra!r}'), {})
     assert (tmp_path / "runs" / "mine" / "exports" / "mine.safetensors").exists()
 
