@@ -13,10 +13,12 @@ from finetune.export import Exported, sweep
 from finetune.export.card import Card, write_card
 from finetune.export.manifest import write_manifest
 from finetune.export.run import export_run, exported_rows, without_places
-from finetune.export.words import file_stem
+from finetune.export.shown import BEFORE_AFTER, data_rows, samples_of, write_gallery
+from finetune.interchange.words import file_names
 from finetune.storage import atomic_dir, write_json
 from finetune.tracking import Reporter
 from finetune.training.trainer import TrainResult, train
+from finetune.training.validation import Ratio
 
 
 @dataclass(frozen=True)
@@ -107,16 +109,15 @@ def _check(run: Run, output: Path) -> None:
 
 
 def _papers(run: Run, result: TrainResult, exported: list[Exported], folder: Path) -> None:
-    """Score, configuration, curves, sheets and the model card."""
+    """Score, configuration, curves, pictures and the model card."""
     assert result.validation is not None, "the build checks that validation is on"
-    validation = result.validation
     write_json(
         folder / "score.json",
         {
-            "loss_over_base": validation.value,
-            "standard_error": validation.error,
+            "loss_over_base": result.validation.value,
+            "standard_error": result.validation.error,
             "judged_on": result.judged_on,
-            "bands": list(validation.bands),
+            "bands": list(result.validation.bands),
             "steps": result.steps,
             "run_digest": run.digest(),
             "exports": {item.format: [check.as_dict() for check in item.verification] for item in exported},
@@ -124,41 +125,45 @@ def _papers(run: Run, result: TrainResult, exported: list[Exported], folder: Pat
     )
     write_json(folder / "run.json", without_places(run, result.components.source))
     shutil.copyfile(run.output_dir / "metrics.jsonl", folder / "metrics.jsonl")
-    sheets = sorted((run.output_dir / "samples").glob("step-*.png"))
-    for sheet in sheets[:1] + sheets[1:][-1:]:
-        shutil.copyfile(sheet, folder / sheet.name)
+    gallery = write_gallery(samples_of(run.output_dir), folder)
+    write_card(folder, _card(run, result, result.validation, exported, gallery))
+
+
+def _card(
+    run: Run, result: TrainResult, validation: Ratio, exported: list[Exported], gallery: list[tuple[str, str]]
+) -> Card:
     files = {item.format: item.path.name for item in exported}
     rate = run.adapter.learning_rate if run.adapter else None
     denoiser: Any = result.components.denoiser.config
-    write_card(
-        folder,
-        Card(
-            title=run.export_name(),
-            base=result.adapter.header.base,
-            trigger_words=result.adapter.header.trigger_words,
-            description=run.export.description,
-            license=run.export.license,
-            author=run.export.author,
-            pipeline=result.family.pipeline_for(denoiser),
-            repaints=result.family.repaints(denoiser),
-            kohya_file=files.get("kohya", ""),
-            diffusers_file=files.get("diffusers", ""),
-            embeddings=tuple(f"{file_stem(word)}.safetensors" for word in result.adapter.header.tokens),
-            figures=[
-                (
-                    "loss over the base model's",
-                    f"{validation.value:.3f} +- {validation.error:.3f} on {result.judged_on}",
-                )
-            ],
-            training=[
-                ("steps", str(result.steps)),
-                *result.adapters.describe(),
-                ("learning rate", f"{rate or run.optimizer.learning_rate:g}"),
-                ("optimizer", run.optimizer.name),
-                ("run", run.digest()[:12]),
-            ],
-            sheet=sheets[-1].name if sheets else "",
-        ),
+    return Card(
+        title=run.export_name(),
+        base=result.adapter.header.base,
+        trigger_words=result.adapter.header.trigger_words,
+        description=run.export.description,
+        license=run.export.license,
+        author=run.export.author,
+        architecture=result.family.modelspec(denoiser, result.components.scheduler_config),
+        pipeline=result.family.pipeline_for(denoiser),
+        repaints=result.family.repaints(denoiser),
+        kohya_file=files.get("kohya", ""),
+        diffusers_file=files.get("diffusers", ""),
+        embeddings=tuple(file_names(result.adapter.header.tokens).values()),
+        figures=[
+            (
+                "loss over the base model's (1: as good as the base; lower is better)",
+                f"{validation.value:.3f} +- {validation.error:.3f} (standard error) on {result.judged_on}",
+            )
+        ],
+        data=data_rows(run.output_dir, run.data.unmasked_weight),
+        training=[
+            ("steps", str(result.steps)),
+            *result.adapters.describe(),
+            ("learning rate", f"{rate or run.optimizer.learning_rate:g}"),
+            ("optimizer", run.optimizer.name),
+            ("run", run.digest()[:12]),
+        ],
+        gallery=gallery,
+        sheet=BEFORE_AFTER if gallery else "",
     )
 
 

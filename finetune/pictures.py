@@ -26,7 +26,7 @@ from finetune.sampling.guides import Guides
 from finetune.sampling.merging import adapter_digest
 from finetune.sampling.papers import Shot, same_picture, save
 from finetune.sampling.wanted import ROLES, Wanted
-from finetune.storage import sha256_file
+from finetune.storage import disk_errors, sha256_file
 from finetune.studio import Studio, adapter_path, open_studio
 from finetune.tracking import Reporter
 
@@ -52,17 +52,18 @@ def sample(model: ModelConfig, wanted: Wanted, output: Path, reporter: Reporter 
         UserError: naming everything that is wrong with the request at once.
     """
     reporter = reporter or Reporter()
-    if problems := wanted.problems():
+    if problems := [*wanted.problems(), *_place_problems(output)]:
         raise ConfigError("No picture can be made:", problems)
     studio = open_studio(model, wanted, reporter)
     jobs = _jobs(studio, model, wanted, output)
     missing = [job for job in jobs if not same_picture(job.path, job.shot)]
     _tell(reporter, studio, wanted, jobs, missing, output)
-    if missing:
+    with disk_errors(output):
         output.mkdir(parents=True, exist_ok=True)
-        _make(studio, wanted, missing, reporter)
-    if len(jobs) > 1:
-        _sheet(jobs, wanted, output / "sheet.png")
+        if missing:
+            _make(studio, wanted, missing, reporter)
+        if len(jobs) > 1:
+            _sheet(jobs, wanted, output / "sheet.png")
     return [job.path for job in jobs]
 
 
@@ -83,7 +84,7 @@ def sample_again(
         ConfigError: naming everything that differs from the papers.
     """
     reporter = reporter or Reporter()
-    problems = []
+    problems = _place_problems(output)
     if len(adapters) != len(shot.adapters):
         names = ", ".join(used.name for used in shot.adapters) or "none"
         problems.append(
@@ -105,8 +106,8 @@ def sample_again(
     wanted = Wanted(
         (shot.prompt,), shot.negative_prompt, shot.seed, 1, shot.steps, shot.guidance_scale, shot.width, shot.height,
         shot.scheduler, merge_first=merged, adapters=tuple(zip(adapters, strengths, strict=True)),
-        strength=shot.strength or 0.6, controlnet=networks.get("controlnet"), upscale=shot.upscale,
-        control_scale=1.0 if shot.control_scale is None else shot.control_scale, control_from=shot.control_from,
+        strength=shot.strength, controlnet=networks.get("controlnet"), upscale=shot.upscale,
+        control_scale=shot.control_scale, control_from=shot.control_from,
         refiner=(networks.get("refiner", shot.refiner), shot.refiner_start or 0) if shot.refiner else None,
         upscale_strength=shot.upscale_strength or 0.5, image=pictures.get("image"), mask=pictures.get("mask"),
         control=pictures.get("control"),
@@ -126,9 +127,15 @@ def sample_again(
     job = replace(job, path=output / f"{_slug(shot)}.png")
     if job.path.exists():
         raise ConfigError(f"{job.path} is there already and is not overwritten; name another folder with --output.")
-    output.mkdir(parents=True, exist_ok=True)
-    _make(studio, wanted, [job], reporter)
+    with disk_errors(output):
+        output.mkdir(parents=True, exist_ok=True)
+        _make(studio, wanted, [job], reporter)
     return job.path
+
+
+def _place_problems(output: Path) -> list[str]:
+    there = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    return [] if there.is_dir() else [f"{there} is a file, so {output} can be no folder; name another with --output."]
 
 
 def model_of(base: str, run: Path | None) -> tuple[ModelConfig, list[Path], tuple[str, ...]]:
@@ -164,8 +171,8 @@ def _jobs(studio: Studio, model: ModelConfig, wanted: Wanted, output: Path) -> l
                     base_digest=components.digest, dtype=studio.dtype, clip_skip=model.clip_skip,
                     prediction=model.prediction, zero_terminal_snr=model.zero_terminal_snr, t5_tokens=model.t5_tokens,
                     prompt_chunks=model.prompt_chunks, adapters=used, pictures=studio.digests,
-                    strength=wanted.strength if steered else None,
-                    control_scale=wanted.control_scale if wanted.controlnet else None,
+                    strength=studio.guides.strength if steered else None,
+                    control_scale=studio.guides.control_scale if wanted.controlnet else None,
                     control_from=wanted.control_from, upscale=wanted.upscale,
                     refiner=studio.refiner.components.source if studio.refiner else None,
                     refiner_start=studio.refiner.start if studio.refiner else None,

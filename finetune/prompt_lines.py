@@ -75,8 +75,10 @@ def read_prompts(path: Path) -> list[str]:
     """
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"The prompts in {path} cannot be read: {error}.") from None
+    except OSError as error:
+        raise ConfigError(f"The prompts in {path} cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"The prompts in {path} cannot be read: it is no UTF-8 text.") from None
     prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
         raise ConfigError(f"{path} holds no prompt; write one per line.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
@@ -13,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from finetune.config import Run, flatten
-from finetune.errors import ConfigError, nearest
+from finetune.errors import ConfigError, UserError, nearest
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -105,9 +106,13 @@ def _changed(
         problems += _override(document, override)
     for key, value in (values or {}).items():
         problems += _put(document, key, value)
+    try:
+        run = make_run(document, label)
+    except ConfigError as error:
+        raise ConfigError(error.headline, [*problems, *error.problems]) from None
     if problems:
         raise ConfigError("The command line cannot be used:", problems)
-    return make_run(document, label)
+    return run
 
 
 def make_run(document: dict[str, Any], label: str = "run") -> Run:
@@ -131,6 +136,8 @@ def _read(source: Path) -> tuple[dict[str, Any], str]:
     if source.is_dir() and (source / "run.json").is_file():
         # keep: a run folder may have been moved since; the one that was named is meant.
         return read_document(source / "run.json") | {"output_dir": str(source)}, str(source)
+    if source.is_dir():
+        raise ConfigError(f"{source} is a folder without run.json, so no run was started there.")
     if not source.is_file():
         hint = nearest(str(source), builtin) or f"; built-in recipes are {', '.join(builtin) or 'none'}"
         raise ConfigError(f"There is no recipe or run at {source}{hint}.")
@@ -143,8 +150,12 @@ def read_document(source: Path) -> dict[str, Any]:
     """The sections of a YAML or JSON file (JSON is YAML)."""
     try:
         document = yaml.load(source.read_text(encoding="utf-8-sig"), Loader=_Loader)
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{source} cannot be read:", [" ".join(str(error).split())]) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{source} cannot be read:", [f"it is no UTF-8 text ({error.reason})"]) from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        what = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise ConfigError(f"{source} cannot be read:", [f"line {mark.line + 1}: {what}" if mark else what]) from None
     if not isinstance(document, dict):
         raise ConfigError(f"{source} holds no sections; `finetune init sd15-lora` prints a file to start from.")
     return document
@@ -155,6 +166,13 @@ def _recipe_value(path: Path) -> Run:
         value = runpy.run_path(str(path)).get("RUN")
     except ValidationError as error:
         raise ConfigError(f"{path.name} cannot be run:", list(_explain(error))) from None
+    except UserError:
+        raise
+    except Exception as error:  # whatever a person's Python file raises; where and what, without our own frames
+        frames = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        line = getattr(error, "lineno", None) or (frames[-1] if frames else None)
+        where = f"line {line}: " if line else ""
+        raise ConfigError(f"{path} cannot be run:", [f"{where}{type(error).__name__}: {error}"]) from error
     if not isinstance(value, Run):
         raise ConfigError(f"{path} defines no RUN; a recipe is a Python file with RUN = Run(...).")
     return value

@@ -281,11 +281,8 @@ def _sync_folder(folder: Path) -> None:
 def _storage_error(path: Path, size: int | None, error: OSError) -> StorageError:
     existing = next(parent for parent in path.absolute().parents if parent.exists())
     needed = "" if size is None else f" ({size:,} bytes are needed)"
-    free = shutil.disk_usage(existing).free
-    return StorageError(
-        f"{path} cannot be written{needed}.",
-        [
-            f"{error.strerror or error}; {free:,} bytes are free in {existing}: "
-            "free some space, check the folder's permissions, or choose another output folder."
-        ],
-    )
+    advice = "check the folder and its permissions, or choose another output folder"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, None):
+        free = shutil.disk_usage(existing if existing.is_dir() else existing.parent).free
+        advice = f"{free:,} bytes are free in {existing}: free some space, or choose another output folder"
+    return StorageError(f"{path} cannot be written{needed}.", [f"{error.strerror or error}; {advice}."])

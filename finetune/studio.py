@@ -17,7 +17,7 @@ from finetune.config import ModelConfig, has_word
 from finetune.errors import ConfigError
 from finetune.families import Components, ModelFamily, load_model
 from finetune.families.folders import names_folder
-from finetune.sampling.guides import Guides
+from finetune.sampling.guides import STRENGTH, Guides
 from finetune.sampling.merging import adapter_digest, merge_first, read_adapter
 from finetune.sampling.papers import UsedAdapter
 from finetune.sampling.stages import Refiner
@@ -64,10 +64,11 @@ def open_studio(model: ModelConfig, wanted: Wanted, reporter: Reporter) -> Studi
         refiner = _refiner(wanted, model, dtype)
         advance(1, "")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    strength = STRENGTH if wanted.strength is None else wanted.strength
     guides = Guides(
-        pictures.get("image"), wanted.strength, pictures.get("mask"), pictures.get("control"),
-        wanted.control_from, _controlnet(wanted.controlnet, DTYPES[dtype]) if wanted.controlnet else None,
-        wanted.control_scale,
+        pictures.get("image"), strength, pictures.get("mask"), pictures.get("control"), wanted.control_from,
+        _controlnet(wanted.controlnet, DTYPES[dtype]) if wanted.controlnet else None,
+        1.0 if wanted.control_scale is None else wanted.control_scale,
     )  # fmt: skip
     digests = {role: sha256_file(path) for role in ROLES if (path := getattr(wanted, role)) is not None}
     if guides.controlnet is not None:

@@ -23,7 +23,7 @@ RUN = make_run(
                 "prompts": class_prompts("robot", own=48, others=48),
                 "images": 96,  # one of each
                 "prior_loss_weight": 1.5,
-                "inference_steps": 12,
+                "inference_steps": 20,
                 "guidance_scale": 3.0,
                 "batch_size": 24,
             },

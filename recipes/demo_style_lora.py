@@ -19,7 +19,7 @@ RUN = make_run(
                 # What the base draws without the word, so that the style stays where it is asked for.
                 "prompts": [*short_prompts(48), *class_prompts("robot", own=4, others=44)],
                 "images": 96,
-                "inference_steps": 12,
+                "inference_steps": 20,
                 "guidance_scale": 3.0,
                 "batch_size": 24,
             },

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from diffusers import StableDiffusionPipeline
 
 from finetune import build_artifact, make_run
@@ -27,14 +28,19 @@ def test_build_makes_an_artifact_that_proves_itself(document, tmp_path, capsys, 
     assert {
         "pytorch_lora_weights.safetensors", "sks-robot.safetensors", "sks-robot.json", "sks-robot.png", "README.md",
         "score.json", "run.json",
-        "metrics.jsonl", "manifest.json", "step-000000.png", "step-000004.png",
+        "metrics.jsonl", "manifest.json", "images/000-0.png", "images/before-after.png",
     } == names  # fmt: skip
     assert check_manifest(dist) == []
     score = json.loads((dist / "score.json").read_text())
     assert score["steps"] == 4 and 0 < score["loss_over_base"] < 1.5
     assert score["exports"].keys() == {"diffusers", "kohya"}
     card = (dist / "README.md").read_text()
-    assert "sks" in card and "on 2 held-out pictures" in card
+    assert "on 2 held-out pictures" in card and "8 of the subject" in card and "No licence is stated" in card
+    header = yaml.safe_load(card.split("---\n")[1])
+    assert header["widget"] == [{"text": "a sks robot", "output": {"url": "images/000-0.png"}}]
+    assert header["instance_prompt"] == "sks"
+    assert "images/000-0.png" in json.loads((dist / "manifest.json").read_text())["files"]
+    assert "images/000-0.png" in command(capsys, monkeypatch, "push", dist, "me/robot", "--dry-run")
     pipe = StableDiffusionPipeline.from_pretrained(document["model"]["base"], safety_checker=None)
     pipe.load_lora_weights(dist)
     assert pipe.get_active_adapters()

@@ -80,6 +80,8 @@ def edit(  # noqa: PLR0913
     else:
         found = plan(listing, wanted, only)
         _show(console, found)
+        if remove and not found.changes:
+            say(console, "--remove takes out whole tags, between commas; --without takes words out of sentences.")
         errors = [problem for problem in found.problems if problem.severity == "error"]
         if errors:
             raise DataToolsError("Nothing was written:", grouped(errors))

@@ -19,9 +19,7 @@ Layout = Annotated[
 Base = Annotated[
     Path | None,
     typer.Option(
-        help="Its base: a folder if of no published size; any, to measure what --allow-lossy loses.",
-        parser=base_path,
-        metavar="PATH",
+        help="Pipeline folder of its base, if that is of no published size.", parser=base_path, metavar="PATH"
     ),
 ]
 Dtype = Annotated[str, typer.Option(help="fp32, fp16 or bf16; default: as in the source.")]
@@ -32,7 +30,14 @@ def convert(
     source: Adapter,
     target: Target,
     to: Layout,
-    base: Base = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            help="Its base: a folder if of no published size; any, to measure what --allow-lossy loses.",
+            parser=base_path,
+            metavar="PATH",
+        ),
+    ] = None,
     dtype: Dtype = "",
     allow_lossy: Annotated[
         bool, typer.Option(help="Write what the layout cannot say exactly too; the loss is measured and noted.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -45,7 +46,9 @@ StrengthsOption = Annotated[
 RefinerOption = Annotated[
     str,
     typer.Option(
-        metavar="BASE[@0.8]", rich_help_panel=START, help="Draws the rest from this share of the schedule on (SDXL)."
+        metavar="BASE[@0.8]",
+        rich_help_panel=START,
+        help="A second base that draws from this share of the schedule on (SDXL's refiner).",
     ),
 ]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Folder of the pictures.")]
@@ -62,13 +65,19 @@ HeightOption = Annotated[int | None, typer.Option(help="Pixels; default: the bas
 SchedulerOption = Annotated[
     str | None, typer.Option(help="euler_a, dpm++_2m_karras, ...; default: the base's.", rich_help_panel=LOOK)
 ]
-ClipSkipOption = Annotated[int | None, typer.Option(help="CLIP layer from the end.", rich_help_panel=LOOK)]
-ChunksOption = Annotated[int, typer.Option(help="Times 75 tokens that are read.", rich_help_panel=LOOK)]
+ClipSkipOption = Annotated[
+    int | None, typer.Option(help="Which CLIP layer is read, from the end: 1 or 2.", rich_help_panel=LOOK)
+]
+ChunksOption = Annotated[
+    int, typer.Option(help="How many times 75 tokens of a prompt are read.", rich_help_panel=LOOK)
+]
 UpscaleOption = Annotated[
     float | None, typer.Option(help="Draw again this much larger, from the first picture.", rich_help_panel=LOOK)
 ]
 ImageOption = Annotated[Path | None, typer.Option(help="A picture to change.", rich_help_panel=STEER)]
-StrengthOption = Annotated[float, typer.Option(help="How much of it to change, 0 to 1.", rich_help_panel=STEER)]
+StrengthOption = Annotated[
+    float | None, typer.Option(help="How much of it to change, 0 to 1; default: 0.6.", rich_help_panel=STEER)
+]
 MaskOption = Annotated[Path | None, typer.Option(help="White is repainted, black kept.", rich_help_panel=STEER)]
 ControlnetOption = Annotated[str | None, typer.Option(help="Folder or hub id.", rich_help_panel=STEER)]
 ControlOption = Annotated[
@@ -77,7 +86,10 @@ ControlOption = Annotated[
         metavar="[canny:]PICTURE", rich_help_panel=STEER, help="What the ControlNet sees; canny: draws its edges first."
     ),
 ]
-ControlScaleOption = Annotated[float, typer.Option(help="How closely it is kept.", rich_help_panel=STEER)]
+ControlScaleOption = Annotated[
+    float | None,
+    typer.Option(help="How closely the control picture is kept; default: 1.", rich_help_panel=STEER),
+]
 DtypeOption = Annotated[str, typer.Option(help="fp32, bf16, fp16 or auto.")]
 BatchOption = Annotated[int, typer.Option(help="Pictures at once; more is faster and takes more memory.")]
 LowMemoryOption = Annotated[bool, typer.Option("--low-memory", help="Decode in tiles; text encoders only visit.")]
@@ -86,8 +98,16 @@ AgainOption = Annotated[
 ]
 
 
+NOT_AGAIN = {
+    "prompts", "prompts_file", "negative", "seed", "count", "steps", "guidance", "width", "height", "scheduler",
+    "clip_skip", "chunks", "upscale", "strength", "strengths", "control_scale", "dtype", "batch",
+}  # fmt: skip
+"""What a picture's own papers say, so that nothing else can be said beside --from."""
+
+
 @app.command()
 def sample(  # noqa: PLR0913, PLR0917 - what the user chooses, one option each
+    context: typer.Context,
     prompts: PromptsArgument = None,
     base: BaseOption = "",
     run: RunOption = None,
@@ -108,11 +128,11 @@ def sample(  # noqa: PLR0913, PLR0917 - what the user chooses, one option each
     chunks: ChunksOption = 1,
     upscale: UpscaleOption = None,
     image: ImageOption = None,
-    strength: StrengthOption = 0.6,
+    strength: StrengthOption = None,
     mask: MaskOption = None,
     controlnet: ControlnetOption = None,
     control: ControlOption = "",
-    control_scale: ControlScaleOption = 1.0,
+    control_scale: ControlScaleOption = None,
     dtype: DtypeOption = "",
     batch: BatchOption = 1,
     low_memory: LowMemoryOption = False,
@@ -128,10 +148,16 @@ def sample(  # noqa: PLR0913, PLR0917 - what the user chooses, one option each
 
       finetune sample --from samples/a-red-house-s0-1a2b3c4d.png
     """
+    if again is not None:
+        _check_alone(context, adapter or ())
     reporter = ConsoleReporter()
     model, own, merged = finetune.model_of(base, run)
-    chosen = {"dtype": dtype or None, "clip_skip": clip_skip, "prompt_chunks": chunks if chunks > 1 else None}
-    model = checked(type(model), model.model_dump() | {k: v for k, v in chosen.items() if v is not None})
+    chosen = {"dtype": dtype or None, "clip_skip": clip_skip, "prompt_chunks": chunks if chunks != 1 else None}
+    problems: list[str] = []
+    try:
+        model = checked(type(model), model.model_dump() | {k: v for k, v in chosen.items() if v is not None})
+    except ConfigError as error:
+        problems += error.problems
     adapters = [(path, 1.0) for path in own] + [parse_weighted(text) for text in adapter or ()]
     preparation, shown = _control(control)
     second = parse_weighted(refiner, 0.8) if refiner else None
@@ -157,9 +183,24 @@ def sample(  # noqa: PLR0913, PLR0917 - what the user chooses, one option each
         low_memory=low_memory,
         merge_first=merged,
     )  # fmt: skip
+    if problems:
+        raise ConfigError("No picture can be made:", [*problems, *wanted.problems()])
     made = finetune.sample(model, wanted, output, reporter)
     sheet = [("Sheet", str(output / "sheet.png"))] if len(made) > 1 else []
     reporter.table("Done", [*(("Picture", str(path)) for path in made[:12]), *sheet])
+
+
+def _check_alone(context: typer.Context, adapters: Sequence[str]) -> None:
+    """Refuse what would have to be dropped, because a picture is made again as it was."""
+    named = {parameter.name: max(parameter.opts, key=len) for parameter in context.command.params}
+    sources = {name: context.get_parameter_source(name) for name in sorted(NOT_AGAIN)}
+    given = [named[name] for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    given += [f"the strength of {text}" for text in adapters if "@" in text and not Path(text).exists()]
+    if given:
+        raise ConfigError(
+            f"--from makes a picture again as it was, so {', '.join(given)} cannot be chosen beside it.",
+            ["leave them out, or leave --from out and say all of it"],
+        )
 
 
 def _control(text: str) -> tuple[str | None, Path | None]:

@@ -13,7 +13,7 @@ from data_tools.buckets import Placement
 from data_tools.errors import RefusedError, grouped
 from data_tools.files import read_regular
 from data_tools.fingerprints import sha256
-from data_tools.images import MAX_FILE_BYTES
+from data_tools.images import MAX_FILE_BYTES, SUFFIXES
 from data_tools.memory import Memory, open_memory
 from data_tools.records import ImageRecord
 from data_tools.scan import Problem
@@ -21,7 +21,7 @@ from data_tools.verdicts import without_dropped
 from finetune.config import has_word
 from finetune.data.captions import PLACEHOLDER, CaptionRules, without_trigger
 from finetune.data.sampler import Item
-from finetune.errors import DataError
+from finetune.errors import DataError, first_few
 
 Colour = tuple[int, int, int]
 """Red, green, blue; 0 to 255."""
@@ -131,6 +131,8 @@ def check_folder(field: str, folder: Path) -> None:
     if not folder.is_dir():
         remedy = sources.advice(str(folder)) or "name the folder that holds the pictures."
         raise DataError(f"{field}={folder} is no folder of pictures; {remedy}")
+    if not any(path.suffix.lower() in SUFFIXES for path in folder.rglob("*")):
+        raise DataError(f"{field}={folder} holds no picture; name the folder that holds them.")
 
 
 def load_pictures(
@@ -219,7 +221,7 @@ def check_trigger(pictures: Sequence[Picture], rules: CaptionRules, variants: in
     """
     problems = list(_trigger_problems(pictures, rules, variants))
     if problems:
-        raise DataError("Some captions would not teach the trigger word:", problems)
+        raise DataError("Some captions would not teach the trigger word:", first_few(problems))
 
 
 def _trigger_problems(pictures: Sequence[Picture], rules: CaptionRules, variants: int) -> Iterator[str]:

@@ -12,8 +12,10 @@ from finetune import storage
 from finetune.export import metadata
 from finetune.export.job import ExportError, Job, Outcome
 from finetune.export.neutral import as_lora, lost_share, neutral, without_alpha
+from finetune.export.words import FOLDER
 from finetune.interchange.adapter import Adapter, InterchangeError
 from finetune.interchange.sources import PEFT_CONFIG
+from finetune.interchange.words import beside
 from finetune.interchange.writing import WRITERS
 from finetune.interchange.written import Written, portable, usual
 
@@ -36,6 +38,7 @@ def writer(layout: str) -> Callable[[Job, Path], Outcome]:
             papers = metadata.modelspec(job) | (metadata.kohya(job) if layout == "kohya" else {})
             if outcome.lost:
                 papers |= {"finetune.lost_share": f"{outcome.lost:.6f}", "finetune.lost_how": " ".join(outcome.notes)}
+            papers |= beside(job.file.header.tokens, FOLDER)
             entries = {**papers, **{key: value for key, value in stated.items() if value}}
             storage.write_safetensors(path / name, tensors, metadata.with_hashes(tensors, entries))
         for name, document in written.papers.items():

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import yaml
 
 from finetune import storage
 from finetune.export.job import ExportError
 from finetune.export.metadata import private_parts, public_name
 
-TAGS = ("lora", "diffusers", "text-to-image", "stable-diffusion", "template:sd-lora")
+TAGS = ("lora", "diffusers", "text-to-image", "template:sd-lora")
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,10 @@ class Card:
         diffusers_file: name of the file for diffusers; empty if there is none.
         figures: (what, value) rows of the results table, e.g. ("subject fidelity", "0.83").
         training: (what, value) rows of the training table.
+        data: (what, value) rows about the training pictures.
         gallery: (prompt, picture file inside the folder) for the hub's gallery.
         sheet: a contact sheet inside the folder, shown under the heading.
+        architecture: ModelSpec's id of the base, such as "stable-diffusion-xl-v1-base"; the hub's tag comes of it.
         notes: further paragraphs in Markdown.
     """
 
@@ -51,9 +56,10 @@ class Card:
     diffusers_file: str = "pytorch_lora_weights.safetensors"
     figures: Sequence[tuple[str, str]] = ()
     training: Sequence[tuple[str, str]] = ()
+    data: Sequence[tuple[str, str]] = ()
     gallery: Sequence[tuple[str, str]] = ()
     sheet: str = ""
-    tags: Sequence[str] = ()
+    architecture: str = ""
     notes: Sequence[str] = field(default_factory=tuple)
 
 
@@ -76,16 +82,22 @@ def render(card: Card) -> str:
     parts = [_front_matter(card), f"# {card.title}"]
     if card.description:
         parts.append(card.description)
-    if card.sheet:
-        parts.append(f"![What the adapter changes]({card.sheet})")
+    if card.gallery:
+        # The hub draws the header's pictures here; other programs show nothing.
+        parts.append("<Gallery />")
     if card.trigger_words:
         words = ", ".join(f"`{word}`" for word in card.trigger_words)
         parts.append(f"Write {words} in the prompt.")
-    if card.figures:
-        parts += ["## Results", _table(("measure", "value"), card.figures)]
     parts += ["## Use", *_usage(card)]
-    if card.training:
-        parts += ["## Training", _table(("setting", "value"), card.training)]
+    sheet = f"![The same prompts and seeds without and with the adapter]({card.sheet})" if card.sheet else ""
+    sections = {
+        "Results": [sheet, _table(("measure", "value"), card.figures)],
+        "Pictures it learned from": [_table(("what", "value"), card.data)],
+        "Training": [_table(("setting", "value"), card.training)],
+        "Licence": [_licence(card)],
+    }
+    for heading, texts in sections.items():
+        parts += [f"## {heading}", *filter(None, texts)] if any(texts) else []
     return "\n\n".join([*parts, *card.notes]) + "\n"
 
 
@@ -98,14 +110,17 @@ def _front_matter(card: Card) -> str:
         entries["base_model"] = card.base
     if card.trigger_words:
         entries["instance_prompt"] = card.trigger_words[0]
-    entries["tags"] = [*TAGS, *(tag for tag in card.tags if tag not in TAGS)]
+    # "stable-diffusion-xl-v1-base" is filed under stable-diffusion-xl, "flux-1-dev" under flux.
+    entries["tags"] = [*TAGS, *filter(None, re.split(r"-v?\d", card.architecture)[:1])]
     if card.gallery:
         entries["widget"] = [{"text": prompt, "output": {"url": picture}} for prompt, picture in card.gallery]
-    return "---\n" + _yaml(entries) + "\n---"
+    text = yaml.safe_dump(entries, sort_keys=False, allow_unicode=True, width=math.inf)
+    return f"---\n{text}---"
 
 
 def _usage(card: Card) -> list[str]:
-    prompt = f"a photo of {card.trigger_words[0]}" if card.trigger_words else "a photo"
+    usual = f"a photo of {card.trigger_words[0]}" if card.trigger_words else "a photo"
+    prompt = card.gallery[0][0] if card.gallery else usual
     base = public_name(card.base)
     link = f"[{base}](https://huggingface.co/{base})" if is_hub_id(base) else f"`{base}`"
     parts = []
@@ -133,13 +148,20 @@ def _usage(card: Card) -> list[str]:
             f"The learned words stand in `embeddings`: copy {', '.join(f'`{name}`' for name in card.embeddings)} to "
             "`models/embeddings` (ComfyUI) or `embeddings` (A1111); diffusers reads them with `load_textual_inversion`."
         )
-    if card.author or card.license:
-        stated = [f"by {card.author}"] * bool(card.author) + [f"licence {card.license}"] * bool(card.license)
-        parts.append(f"Published {', '.join(stated)}. The base model's own licence holds for its use too.")
     return [
         *parts,
         f"The base model is {link}.",
     ]
+
+
+def _licence(card: Card) -> str:
+    owner = f"Made by {card.author}. " if card.author else ""
+    stated = (
+        f"The files are published under `{card.license}`." if card.license else
+        "No licence is stated, so nobody else may publish the files. The author states one with `export.license` in "
+        "the recipe (an SPDX id, or a name the hub knows, such as `openrail++`) and builds again."
+    )  # fmt: skip
+    return f"{owner}{stated} The base model's own licence holds for their use too."
 
 
 def is_hub_id(base: str) -> bool:
@@ -148,12 +170,10 @@ def is_hub_id(base: str) -> bool:
 
 
 def _table(head: tuple[str, str], rows: Sequence[tuple[str, str]]) -> str:
+    """Empty without rows."""
+    if not rows:
+        return ""
     lines = [head, ("---", "---"), *rows]
     return "\n".join(
         "| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines
     )
-
-
-def _yaml(entries: Mapping[str, object]) -> str:
-    """YAML of the card's simple shape; values are written as JSON, which is YAML."""
-    return "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in entries.items())

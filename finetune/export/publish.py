@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils._validators import validate_repo_id
+from PIL import ExifTags, Image
 
-from finetune.errors import ConfigError, first_few
+from finetune.errors import ConfigError, UserError, first_few
 from finetune.export.job import ExportError
 from finetune.export.manifest import check_manifest
 from finetune.export.metadata import private_parts
+from finetune.header import read_header
 
 TEXTS = {".md", ".json", ".jsonl", ".txt", ".yaml"}
 CARD = "README.md"
@@ -80,7 +83,8 @@ def _files(folder: Path, repository: str) -> list[str]:
     if repository.count("/") != 1:
         problems.append(f"{repository!r} is not OWNER/NAME.")
     if not (folder / CARD).is_file():
-        problems.append(f"{folder} has no model card; `finetune build` writes one with the files.")
+        problems.append(f"{folder} has no model card; `finetune build RUN -o DIST` writes one with the "
+                        "files, and trains nothing anew where the run is finished.")  # fmt: skip
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()) \
         if folder.is_dir() else []  # fmt: skip
     files = [name for name in files if not any(part.startswith(".") for part in Path(name).parts)]
@@ -97,8 +101,42 @@ def _files(folder: Path, repository: str) -> list[str]:
 
 
 def _private(path: Path) -> list[str]:
-    if path.suffix not in TEXTS or path.name in {"vocab.json", "tokenizer.json", "merges.txt"}:
+    """What a file would give away, in words."""
+    if path.name in {"vocab.json", "tokenizer.json", "merges.txt"}:
         return []
-    if path.stat().st_size > LARGEST_TEXT:
+    if path.suffix in TEXTS and path.stat().st_size > LARGEST_TEXT:
         return ["too much text to look through"]
+    try:
+        return list(dict.fromkeys(READ[path.suffix](path))) if path.suffix in READ else []
+    except (OSError, UserError) as error:
+        return [f"what cannot be looked through ({str(error).splitlines()[0]})"]
+
+
+def _in_text(path: Path) -> list[str]:
+    """Anywhere in the file."""
     return private_parts(path.read_text(encoding="utf-8", errors="replace"))
+
+
+def _in_header(path: Path) -> list[str]:
+    """In the metadata; tensors tell nothing."""
+    # Thumbnails are base64, in which everything looks like a path.
+    told = {key: value for key, value in read_header(path).metadata.items() if key != "modelspec.thumbnail"}
+    return [f"{part} in {key}" for key, value in told.items() for part in private_parts(value)]
+
+
+def _in_picture(path: Path) -> list[str]:
+    """In text entries, EXIF and XMP; phones write into a photo where it was taken."""
+    with Image.open(path) as image:
+        exif = image.getexif()
+        xmp = image.info.get("xmp", b"")
+        told = [*image.info.values(), *exif.values(), xmp.decode("utf-8", "replace") if isinstance(xmp, bytes) else xmp]
+    found = ["the place where it was taken"] if exif.get_ifd(ExifTags.IFD.GPSInfo) else []
+    return found + [part for text in told if isinstance(text, str) for part in private_parts(text)]
+
+
+READ: dict[str, Callable[[Path], list[str]]] = {
+    **dict.fromkeys(TEXTS, _in_text),
+    **dict.fromkeys((".png", ".jpg", ".jpeg", ".webp"), _in_picture),
+    ".safetensors": _in_header,
+}
+"""Ending of a name -> what such a file gives away."""

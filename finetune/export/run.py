@@ -15,6 +15,7 @@ from finetune.config import Run
 from finetune.errors import CheckpointError
 from finetune.export import Exported, export
 from finetune.export.job import Papers
+from finetune.export.shown import samples_of
 from finetune.export.sidecars import thumbnail, write_sidecars
 from finetune.families import load_model
 from finetune.families.folders import names_folder
@@ -65,7 +66,8 @@ def export_run(
         )  # fmt: skip
         advance(1, "")
     if any(item.format == "kohya" for item in done):
-        write_sidecars(output, run.export_name(), family, file.header.trigger_words, papers, newest_sheet(run_folder))
+        face = _face(run_folder)
+        write_sidecars(output, run.export_name(), family, file.header.trigger_words, papers, face)
     return done
 
 
@@ -77,7 +79,7 @@ def run_papers(run_folder: Path, run: Run, base: str, resolution: int) -> Papers
         resolution: side of the training pictures, in pixels.
     """
     pictures = _dataset(run_folder)
-    sheet = newest_sheet(run_folder)
+    face = _face(run_folder)
     return Papers(
         title=run.export_name(),
         description=run.export.description,
@@ -89,7 +91,7 @@ def run_papers(run_folder: Path, run: Run, base: str, resolution: int) -> Papers
         learning_rate=(run.adapter.learning_rate if run.adapter else None) or run.optimizer.learning_rate,
         optimizer=run.optimizer.name,
         seed=run.train.seed,
-        thumbnail=thumbnail(sheet) if sheet else "",
+        thumbnail=thumbnail(face) if face else "",
         configuration=without_places(run, base),
         detail=run.export.metadata,
     )
@@ -107,10 +109,9 @@ def without_places(run: Run, base: str) -> dict[str, Any]:
     return document
 
 
-def newest_sheet(run_folder: Path) -> Path | None:
-    """The last contact sheet of a run."""
-    sheets = sorted((run_folder / "samples").glob("step-*.png"))
-    return sheets[-1] if sheets else None
+def _face(run_folder: Path) -> Path | None:
+    """The picture that stands for the adapter: its newest answer to the first prompt."""
+    return next((sample.after for sample in samples_of(run_folder)), None)
 
 
 def _dataset(run_folder: Path) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def thumbnail(picture: Path) -> str:
 
 
 def write_sidecars(
-    folder: Path, name: str, family: ModelFamily, triggers: Sequence[str], papers: Papers, sheet: Path | None
+    folder: Path, name: str, family: ModelFamily, triggers: Sequence[str], papers: Papers, face: Path | None
 ) -> list[Path]:
     """`NAME.json` and `NAME.png` beside `NAME.safetensors`, where A1111, Forge and InvokeAI look for them.
 
@@ -56,16 +56,21 @@ def write_sidecars(
     if problems := [f"{name}.json would hold {part}." for part in private]:
         raise ExportError("A file beside the adapter would give away something private.", problems)
     storage.write_json(folder / f"{name}.json", document)
-    if sheet is None:
+    if face is None:
         return [folder / f"{name}.json"]
-    with Image.open(sheet) as image:
-        # keep: written anew, because pictures of a run may hold text chunks.
+    with Image.open(face) as image:
         small = image.convert("RGB")
-        small.thumbnail((2 * SIDE, 2 * SIDE))
-        stream = io.BytesIO()
-        small.save(stream, "PNG")
-    _put(stream.getvalue(), folder / f"{name}.png")
+    small.thumbnail((2 * SIDE, 2 * SIDE))
+    write_picture(small, folder / f"{name}.png")
     return [folder / f"{name}.json", folder / f"{name}.png"]
+
+
+def write_picture(image: Image.Image, target: Path) -> None:
+    """Write a PNG of the pixels alone: what the picture's own file said (prompt, camera, place) stays behind."""
+    stream = io.BytesIO()
+    bare = Image.frombytes(image.mode, image.size, image.tobytes())
+    bare.save(stream, "PNG")
+    _put(stream.getvalue(), target)
 
 
 def install_files(where: str, exported: dict[str, Path]) -> list[Path]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from pathlib import Path
 
 import torch
@@ -14,6 +13,8 @@ from finetune.adapters.tokens import names_of
 from finetune.export import metadata
 from finetune.export.job import ExportError, Job, Outcome
 from finetune.export.neutral import architecture
+from finetune.interchange.layouts import WORD
+from finetune.interchange.words import file_names
 from finetune.sampling import build_pipeline
 
 FOLDER = "embeddings"
@@ -36,12 +37,11 @@ def write_words(job: Job, path: Path) -> Outcome:
         raise ExportError(
             "No program reads embeddings of T5.", [f"{', '.join(unread)} learned words; exact: --format merged."]
         )
-    for word in job.file.header.tokens:
+    for word, name in file_names(job.file.header.tokens).items():
         tensors = {key: vectors.to(job.dtype).contiguous() for key, (_, vectors) in _keys(job, word).items()}
         entries = metadata.modelspec(job, kind="textual-inversion")
-        entries |= {"modelspec.title": word, "modelspec.trigger_phrase": word}
-        storage.write_safetensors(path / f"{file_stem(word)}.safetensors", tensors,
-                                  metadata.with_hashes(tensors, entries))  # fmt: skip
+        entries |= {"modelspec.title": word, "modelspec.trigger_phrase": word, WORD: word}
+        storage.write_safetensors(path / name, tensors, metadata.with_hashes(tensors, entries))
     return Outcome()
 
 
@@ -57,8 +57,8 @@ def check_words(job: Job, path: Path) -> tuple[float, int]:
     components.tokenizers = {name: copy.deepcopy(own) for name, own in job.components.tokenizers.items()}
     pipeline = build_pipeline(job.family, components)
     limit = torch.finfo(job.dtype).eps
-    for word in job.file.header.tokens:
-        tensors, _ = storage.read_safetensors(path / f"{file_stem(word)}.safetensors")
+    for word, name in file_names(job.file.header.tokens).items():
+        tensors, _ = storage.read_safetensors(path / name)
         for key, (component, vectors) in _keys(job, word).items():
             encoder, tokenizer = components.text_encoders[component], components.tokenizers[component]
             pipeline.load_textual_inversion(
@@ -71,11 +71,6 @@ def check_words(job: Job, path: Path) -> tuple[float, int]:
             if not difference <= limit * float(vectors.abs().max()):
                 raise ExportError(f"{word} reads back as something else.", [f"its vectors differ by {difference:.2e}."])
     return worst, len(job.file.header.tokens)
-
-
-def file_stem(word: str) -> str:
-    """A word as a file name: what A1111 and ComfyUI users write in their prompts."""
-    return re.sub(r"[^\w.+-]+", "-", word).strip("-.") or "word"
 
 
 def _keys(job: Job, word: str) -> dict[str, tuple[str, Tensor]]:

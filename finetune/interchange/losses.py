@@ -80,17 +80,24 @@ class Meter:
         return Loss(cause, count, *self._worst, sum(self._relative) / max(1, count), total)
 
 
-def noted(earlier: str, losses: Sequence[Loss]) -> str:
-    """The metadata entry for these losses after those that a file already told of."""
+def noted(earlier: str, losses: Sequence[Loss], of: str = "") -> str:
+    """The metadata entry for these losses after those that a file already told of.
+
+    Args:
+        of: name of the file that told of the earlier ones, where several come together.
+    """
     try:
         before = json.loads(earlier) if earlier else []
     except (ValueError, RecursionError):
         before = [{"cause": "told by the source in words that cannot be read"}]
+    before = before if isinstance(before, list) else [before]
+    if of:
+        before = [{"of": of, **note} if isinstance(note, dict) else {"of": of, "cause": str(note)} for note in before]
     rounded = [
         {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in asdict(loss).items()}
         for loss in losses
     ]
-    return json.dumps([*(before if isinstance(before, list) else [before]), *rounded], ensure_ascii=False)
+    return json.dumps([*before, *rounded], ensure_ascii=False)
 
 
 def dora_by_base_norm(update: Update, weight: Tensor) -> Tensor:

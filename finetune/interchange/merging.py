@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,7 +194,7 @@ def merge(adapters: Sequence[Weighted], how: str, settings: Settings, reporter: 
     merged.dtype = max((item.adapter.dtype for item in adapters), key=lambda dtype: dtype.itemsize)
     loss = meter.loss(f"merged by {how}, against the exact sum")
     if loss.total > NOTABLE:
-        merged.metadata[LOSSES] = noted("", [loss])
+        merged.metadata[LOSSES] = noted(merged.metadata.get(LOSSES, ""), [loss])
     return Merged(merged, loss.total)
 
 
@@ -239,7 +240,7 @@ def _tokens(adapters: Sequence[Weighted]) -> dict[str, dict[str, Tensor]]:
 
 
 def _metadata(adapters: Sequence[Weighted], how: str) -> dict[str, str]:
-    """Nobody's training facts, but everybody's trigger words; names of files, no folders."""
+    """Nobody's training facts, but everybody's trigger words and losses; names of files, no folders."""
     triggers = dict.fromkeys(
         word.strip()
         for item in adapters
@@ -247,7 +248,10 @@ def _metadata(adapters: Sequence[Weighted], how: str) -> dict[str, str]:
         if word.strip()
     )
     named = ", ".join(f"{item.path.name}@{item.weight:g}" for item in adapters)
+    told = [(item.path.name, item.adapter.metadata[LOSSES]) for item in adapters if LOSSES in item.adapter.metadata]
+    losses = [note for name, earlier in told for note in json.loads(noted(earlier, [], of=name))]
     entries = {
+        LOSSES: json.dumps(losses, ensure_ascii=False) if losses else "",
         "modelspec.merged_from": named,
         "finetune.merged_by": how,
         "modelspec.trigger_phrase": ", ".join(triggers),

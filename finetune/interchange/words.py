@@ -7,7 +7,9 @@ what is known of their readers and a published bundling script; those programs w
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
+from itertools import count
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -20,7 +22,8 @@ from finetune.interchange.layouts import WORD, resolve
 from finetune.interchange.names import Architecture
 
 BESIDE = "finetune.embeddings"
-"""Metadata entry: JSON table, word -> its embedding's file, relative to the adapter's folder."""
+"""Metadata entry: JSON table, word -> its embedding's file, relative to the adapter's folder. An export has a folder
+to itself and lays them in `embeddings`; a conversion may have other files around it and takes `NAME.embeddings`."""
 Files = dict[str, tuple[dict[str, Tensor], dict[str, str]]]
 """Path relative to the adapter's folder -> (tensors, metadata)."""
 
@@ -53,16 +56,30 @@ def alone(adapter: Adapter, folder: str) -> tuple[Files, dict[str, str]]:
     take the file's name; with several the keys are those of A1111 and ComfyUI.
     """
     files: Files = {}
-    places: dict[str, str] = {}
-    for word, encoders in adapter.tokens.items():
-        plain = "".join(sign for sign in word if sign.isalnum() or sign in "_-") or "word"
-        name = f"{folder}/{plain}.safetensors"
-        if name in files:
-            name = f"{folder}/{plain}-{len(files)}.safetensors"
-        tensors = {reader_key(adapter.architecture, part, word): vectors for part, vectors in encoders.items()}
-        files[name] = (tensors, {"format": "pt", WORD: word})
-        places[word] = name
-    return files, {BESIDE: json.dumps(places, ensure_ascii=False)} if places else {}
+    for word, name in file_names(adapter.tokens).items():
+        encoders = adapter.tokens[word].items()
+        tensors = {reader_key(adapter.architecture, part, word): vectors for part, vectors in encoders}
+        files[f"{folder}/{name}"] = (tensors, {"format": "pt", WORD: word})
+    return files, beside(adapter.tokens, folder)
+
+
+def beside(words: Iterable[str], folder: str) -> dict[str, str]:
+    """The metadata entry that tells an adapter's readers of words in files of their own; none without words."""
+    places = {word: f"{folder}/{name}" for word, name in file_names(words).items()}
+    return {BESIDE: json.dumps(places, ensure_ascii=False)} if places else {}
+
+
+def file_names(words: Iterable[str]) -> dict[str, str]:
+    """Word -> its file, under the name that A1111 and ComfyUI users write in prompts; no two alike."""
+    names: dict[str, str] = {}
+    for word in words:
+        plain = re.sub(r"[^\w.+-]+", "-", word).strip("-.") or "word"
+        taken = {name.lower() for name in names.values()}
+        endings = (f"-{number}" if number > 1 else "" for number in count(1))
+        names[word] = next(
+            name for ending in endings if (name := f"{plain}{ending}.safetensors").lower() not in taken
+        )  # fmt: skip
+    return names
 
 
 def words_folder(path: Path) -> str:
@@ -77,7 +94,8 @@ def read_beside(path: Path, adapter: Adapter) -> list[str]:
         if word in adapter.tokens:
             continue
         parts = PurePosixPath(name).parts
-        file = (path if path.is_dir() else path.parent) / name
+        # A PEFT folder holds its words, or an export laid them beside it.
+        file = path / name if (path / name).is_file() else path.parent / name
         if len(parts) != 2 or ".." in parts or PurePosixPath(name).is_absolute():
             problems.append(f"the word {word!r} is said to lie in {name!r}, which is not beside the adapter.")
         elif not file.is_file():

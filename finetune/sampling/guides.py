@@ -20,6 +20,10 @@ LDM_CHANNELS, FLOW_CHANNELS = 4, 16
 """Channels of published autoencoders; diffusers knows latents by these numbers."""
 
 
+STRENGTH = 0.6
+"""Usual share of the noise schedule for changing a picture."""
+
+
 @dataclass(frozen=True)
 class Guides:
     """Pictures that steer sampling; all are resized to the size that is asked for.
@@ -35,7 +39,7 @@ class Guides:
     """
 
     image: Image.Image | None = None
-    strength: float = 0.6
+    strength: float = STRENGTH
     mask: Image.Image | None = None
     control: Image.Image | None = None
     control_from: str | None = None

@@ -140,8 +140,8 @@ def shot_of(path: Path) -> Shot:
         raise ConfigError(f"{path} cannot be read as a PNG: {error}.") from None
     if text is None:
         raise ConfigError(
-            f"{path} does not say how it was made: it holds no {KEY!r} entry. Pictures that `finetune sample` wrote "
-            "do, unless another program saved them again."
+            f"{path} does not say how it was made: it holds no {KEY!r} entry. Single pictures that `finetune sample` "
+            "wrote do (a sheet does not), unless another program saved them again."
         )
     try:
         return Shot.model_validate(json.loads(text))

@@ -8,7 +8,7 @@ from pathlib import Path
 from finetune.errors import nearest
 from finetune.prompt_lines import prompt_problems
 from finetune.sampling.edges import PREPARATIONS
-from finetune.sampling.guides import steering_problems
+from finetune.sampling.guides import STRENGTH, steering_problems
 from finetune.sampling.schedulers import SCHEDULERS
 
 ROLES = ("image", "mask", "control")
@@ -29,7 +29,7 @@ class Wanted:
         adapters: (file, strength); a file of any layout, a PEFT folder or a run folder.
         strengths: factors on all adapters, one row of pictures each.
         image, mask, control: pictures that steer; see `Guides`.
-        strength: share of the noise schedule run on `image`.
+        strength: share of the noise schedule run on `image`; None is the usual one.
         controlnet: folder or hub id of a ControlNet.
         control_from: what makes its picture of `control`, a name in PREPARATIONS; None shows `control` as it is.
         refiner: (base, share of the schedule where it takes over); it draws the end of the first pass.
@@ -54,9 +54,9 @@ class Wanted:
     image: Path | None = None
     mask: Path | None = None
     control: Path | None = None
-    strength: float = 0.6
+    strength: float | None = None
     controlnet: str | None = None
-    control_scale: float = 1.0
+    control_scale: float | None = None
     control_from: str | None = None
     refiner: tuple[str, float] | None = None
     upscale: float | None = None
@@ -89,4 +89,8 @@ class Wanted:
         if self.refiner is not None and not 0 < self.refiner[1] < 1:
             found.append(f"refiner=...@{self.refiner[1]:g} must start above 0 and below 1; 0.8 is usual.")
         given = {name: getattr(self, name) is not None for name in (*ROLES, "controlnet")}
-        return found + steering_problems(given, self.strength)
+        if self.strength is not None and self.image is None:
+            found.append(f"strength={self.strength:g} says how much of a picture changes; name one with --image.")
+        if self.control_scale is not None and self.control is None:
+            found.append(f"control_scale={self.control_scale:g} is about a control picture; name one with --control.")
+        return found + steering_problems(given, STRENGTH if self.strength is None else self.strength)

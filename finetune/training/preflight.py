@@ -10,6 +10,7 @@ from finetune.adapters import AdapterSet
 from finetune.config import Run
 from finetune.data.dataset import check_folder
 from finetune.errors import ConfigError
+from finetune.objectives import own
 from finetune.training import sharding
 from finetune.training.checkpoint import check_room, clean
 
@@ -45,7 +46,15 @@ def check(run: Run) -> None:
         ConfigError: if this run cannot be trained as it was launched.
         DataError: if the pictures are not there.
     """
-    if problems := sharding.problems(run):
+    problems = sharding.problems(run)
+    for name in ("density", "weighting", "loss"):
+        path = getattr(run.objective, name)
+        try:
+            if "." in path:
+                own.function(path)
+        except own.OwnFunctionError as error:
+            problems.append(f"objective.{name}={path}: {error}.")
+    if problems:
         raise ConfigError("The run cannot start:", problems)
     check_folder("data.folder", run.data.folder)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from finetune.adapters.files import ADAPTER_FILE
 from finetune.config import Run, differences
 from finetune.data.dataset import dataset_changes
 from finetune.errors import BusyError, CheckpointError
@@ -62,6 +63,11 @@ def find(run: Run, how: Resume) -> Found | None:
     )
     changed = differences(before, run)
     if changed:
+        if any(line.startswith("train.steps ") for line in changed):
+            changed.append(
+                "to train longer: the curve of the learning rate was planned for these steps, so begin a run in "
+                f"another output_dir with adapter.start_from={run.output_dir / ADAPTER_FILE}"
+            )
         raise CheckpointError(
             f"{run.output_dir} holds a checkpoint of another run. Set these back, or choose another output_dir:",
             changed,

@@ -12,6 +12,7 @@ from diffusers import StableDiffusionPipeline
 from finetune.adapters.files import TOKENS
 from finetune.export import ExportError, Papers, export
 from finetune.families import load_family
+from finetune.interchange.reading import read_adapter
 from finetune.storage import read_safetensors
 from tests.campaigns.export import trained
 from tests.tiny import random_adapter, write_twin
@@ -107,6 +108,8 @@ def test_learned_words_go_beside_adapters_and_into_folders(base, tmp_path):
     ids = pipeline.tokenizer("<robot>", add_special_tokens=False).input_ids
     table = pipeline.text_encoder.get_input_embeddings().weight
     assert torch.equal(table[ids[0]], tensors["emb_params"][0])
+    found = read_adapter(tmp_path / "toy.safetensors", tmp_path / "merged").tokens["<robot>"]
+    assert torch.equal(found["text_encoder"], tensors["emb_params"]), "the adapter file says where its words lie"
 
 
 @pytest.mark.parametrize(("detail", "there"), [("minimal", False), ("public", False), ("full", True)])

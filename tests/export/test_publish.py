@@ -6,6 +6,10 @@ import os
 import time
 
 import pytest
+import torch
+from PIL import ExifTags, Image
+from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import save_file
 
 from finetune.errors import ConfigError
 from finetune.export import ExportError, sweep, write_manifest
@@ -17,7 +21,7 @@ from finetune.export.sidecars import install_files
 def built(tmp_path):
     folder = tmp_path / "dist"
     folder.mkdir()
-    (folder / "toy.safetensors").write_bytes(b"x" * 10)
+    save_file({"lora_A": torch.zeros(2)}, folder / "toy.safetensors")
     (folder / "README.md").write_text("# toy\n")
     write_manifest(folder)
     return folder
@@ -36,9 +40,28 @@ def test_what_was_changed_or_gives_something_away_is_not_sent(built):
     with pytest.raises(ExportError, match="the path /home/somebody"):
         push_folder(built, "me/toy", dry_run=True)
     (built / "notes.md").unlink()
-    (built / "toy.safetensors").write_bytes(b"y" * 10)
+    save_file({"lora_A": torch.ones(2)}, built / "toy.safetensors")
     with pytest.raises(ConfigError, match="no longer what was built"):
         push_folder(built, "me/toy", dry_run=True)
+
+
+def test_pictures_and_headers_are_looked_through_too(built):
+    """A PNG tells its prompt, a photo where it was taken, and a trainer's header the folder of the pictures."""
+    papers = PngInfo()
+    papers.add_text("workflow", "load C:\\Users\\jane\\cat.png")
+    place = Image.Exif()
+    place[ExifTags.IFD.GPSInfo] = {1: "N", 2: (48.0, 8.0, 1.0)}
+    Image.new("RGB", (8, 8)).save(built / "a.png", pnginfo=papers)
+    Image.new("RGB", (8, 8)).save(built / "b.jpg", exif=place)
+    save_file({"x": torch.zeros(1)}, built / "c.safetensors", metadata={"ss_train_data_dir": "/home/jane/cat"})
+    (built / "d.safetensors").write_bytes(b"no tensors")
+    (built / "manifest.json").unlink()
+    with pytest.raises(ExportError) as caught:
+        push_folder(built, "me/toy", dry_run=True)
+    text = caught.value.text()
+    assert "a.png holds the path C:" in text and "b.jpg holds the place where it was taken" in text
+    assert "c.safetensors holds the path /home/jane/cat in ss_train_data_dir" in text
+    assert "d.safetensors holds what cannot be looked through" in text and "toy.safetensors" not in text
 
 
 def test_a_folder_without_a_card_is_refused_with_all_problems(tmp_path):
@@ -55,7 +78,7 @@ def test_files_go_where_the_program_looks(built, tmp_path):
     loras = tmp_path / "comfy" / "models" / "loras"
     loras.mkdir(parents=True)
     install_files(f"comfyui:{tmp_path / 'comfy'}", {"kohya": built / "toy.safetensors"})
-    assert (loras / "toy.safetensors").read_bytes() == b"x" * 10
+    assert (loras / "toy.safetensors").read_bytes() == (built / "toy.safetensors").read_bytes()
     with pytest.raises(ConfigError, match="did you mean comfyui"):
         install_files("comfyiu:/x", {})
 

@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 
 from finetune.interchange.adapter import Adapter, InterchangeError, Update
+from finetune.interchange.commands import merge_adapters
 from finetune.interchange.conversion import convert_adapter, write
 from finetune.interchange.losses import LOSSES
 from finetune.interchange.names import from_base
@@ -106,6 +107,21 @@ def test_a_file_remembers_every_loss(tiny_base, tmp_path):
     write(loha(tiny_base, QUERY), first, to="diffusers", base=tiny_base, allow_lossy=True, rank=2)
     convert_adapter(first, second, to="kohya", base=tiny_base)
     assert noted(second) == noted(first)
+
+
+def test_a_merged_file_remembers_what_its_parts_lost(tiny_base, tmp_path):
+    """An exact sum of an approximation is still one, and says which part it was; its own loss comes last."""
+    lossy, exact, both = (tmp_path / f"{name}.safetensors" for name in ("lossy", "exact", "both"))
+    write(loha(tiny_base, QUERY), lossy, to="diffusers", base=tiny_base, allow_lossy=True, rank=2)
+    architecture = from_base(tiny_base)
+    rows, columns = architecture.networks["unet"].layers[VALUE]
+    factors = {"lora_A.weight": noise(2, columns), "lora_B.weight": noise(rows, 2)}
+    write(Adapter({("unet", VALUE): Update("lora", factors)}, architecture), exact, to="diffusers", base=tiny_base)
+    told = [{"of": "lossy.safetensors", **note} for note in noted(lossy)]
+    merge_adapters([str(lossy), f"{exact}@0.5"], both, settings={}, to="diffusers", base=tiny_base)
+    assert noted(both) == told
+    merge_adapters([str(lossy), str(exact)], both, settings={"how": "svd", "rank": 1}, to="diffusers", base=tiny_base)
+    assert noted(both)[:-1] == told and noted(both)[-1]["cause"].startswith("merged by svd")
 
 
 def test_strength_of_a_whole_lokr_goes_into_its_factor(tiny_base, tmp_path):

@@ -13,6 +13,7 @@ from finetune.families import load_family
 from finetune.interchange.adapter import InterchangeError
 from finetune.interchange.conversion import convert_adapter
 from finetune.interchange.reading import read_adapter
+from finetune.interchange.words import file_names
 from tests.interchange.files import noise, write
 from tests.tiny import BUILDERS, random_adapter
 
@@ -129,3 +130,12 @@ def test_a_word_with_a_dot_is_not_bundled(trained, tmp_path):
         convert_adapter(tmp_path / "dot.safetensors", tmp_path / "k.safetensors", to="kohya", base=base)
     convert_adapter(tmp_path / "dot.safetensors", tmp_path / "d.safetensors", to="diffusers", base=base)
     assert "v1.5" in read_adapter(tmp_path / "d.safetensors", base).tokens
+
+
+def test_no_two_words_share_a_file():
+    """`<cat>`, `cat` and `Cat` are three words; on many disks they would be one file."""
+    names = file_names(["<cat>", "cat", "Cat", "cat-2", "v1.5", "<>"])
+    assert list(names.values()) == [
+        "cat.safetensors", "cat-2.safetensors", "Cat-3.safetensors", "cat-2-2.safetensors", "v1.5.safetensors",
+        "word.safetensors",
+    ]  # fmt: skip

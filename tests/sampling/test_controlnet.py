@@ -101,7 +101,8 @@ def test_the_command_follows_edges_and_makes_the_picture_again(capsys, monkeypat
     photo().save(tmp_path / "photo.png")
 
     def sample(*arguments, expect=0):
-        options = ("--base", base, "--steps", "2", "-o", tmp_path / "out")
+        steps = () if "--from" in arguments else ("--steps", "2")
+        options = ("--base", base, *steps, "-o", tmp_path / "out")
         return command(capsys, monkeypatch, "sample", *arguments, *options, expect=expect)
 
     network, control = ("--controlnet", tmp_path / "control"), ("--control", f"canny:{tmp_path / 'photo.png'}")

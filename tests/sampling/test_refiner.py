@@ -60,7 +60,8 @@ def test_the_command_refines_and_makes_the_picture_again(folders, capsys, monkey
     """The picture knows its refiner and takes no other."""
 
     def sample(*arguments, expect=0):
-        options = ("--base", folders["sdxl"], "--steps", "5", "-o", tmp_path / "out")
+        steps = () if "--from" in arguments else ("--steps", "5")
+        options = ("--base", folders["sdxl"], *steps, "-o", tmp_path / "out")
         return command(capsys, monkeypatch, "sample", *arguments, *options, expect=expect)
 
     assert "last 20% of the schedule" in sample("a cat", "--refiner", folders["sdxl_refiner"])

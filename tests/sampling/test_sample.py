@@ -26,7 +26,8 @@ def sample(capsys, monkeypatch, tmp_path):
     folder = tmp_path / "pictures"
 
     def run(*arguments, expect=0):
-        return command(capsys, monkeypatch, "sample", *arguments, *QUICK, "-o", folder, expect=expect), folder
+        quick = () if "--from" in arguments else QUICK
+        return command(capsys, monkeypatch, "sample", *arguments, *quick, "-o", folder, expect=expect), folder
 
     return run
 
@@ -223,3 +224,20 @@ def test_settings_behind_a_prompt_are_all_checked_before_the_base_is_loaded(samp
     text, folder = sample("a cat --ar 16:9 --s none", "a dog", " --w 64", expect=2)
     assert "--ar" in text and "'none', which must be a whole number from 1 up" in text and "no prompt before" in text
     assert not folder.exists()
+
+
+def test_nothing_is_dropped_beside_from_and_nothing_steers_without_a_picture(sample, tmp_path):
+    """What cannot be heeded is refused; a picture of other settings than asked for would be believed."""
+    _, folder = sample("a red circle")
+    (made,) = folder.glob("*.png")
+    kept = _kept(tmp_path, made.read_bytes())
+    text, _ = sample("--from", kept, "a dog", "--seed", 3, expect=2)
+    assert "prompts" in text and "--seed" in text and "cannot be chosen beside it" in text
+    text, _ = sample("a dog", "--strength", "0.2", "--control-scale", "0.3", expect=2)
+    assert "--image" in text and "--control" in text
+
+
+def test_a_file_where_the_folder_should_be_is_said_before_the_base_is_loaded(capsys, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("x")
+    text = command(capsys, monkeypatch, "sample", "a dog", "-o", tmp_path / "file" / "x", expect=2)
+    assert "is a file" in text and "Loading" not in text
