@@ -120,12 +120,14 @@ def adapter_path(path: Path) -> Path:
 
 
 def _controlnet(name: str, dtype: torch.dtype) -> nn.Module:
+    if "/" not in name and not Path(name).is_dir():
+        raise ConfigError(f"--controlnet {name} is neither a folder here nor a hub id, which has the form owner/name.")
     try:
         loaded: nn.Module = diffusers.AutoModel.from_pretrained(name, torch_dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
-            f"--controlnet {name} cannot be loaded: {str(error).splitlines()[0]}. Name a diffusers ControlNet folder "
-            "with config.json and safetensors, or a hub id."
+            f"--controlnet {name} cannot be loaded: {str(error).splitlines()[0].rstrip('.')}. Name a diffusers "
+            "ControlNet folder with config.json and safetensors, or a hub id."
         ) from None
     return loaded.eval()
 

@@ -163,3 +163,36 @@ def test_help_answers_at_once():
     assert done.stdout.strip() == "[]"
     shown = subprocess.run([sys.executable, "-m", "finetune", "--help"], check=True, capture_output=True, text=True)
     assert "finetune demo" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("import nosuch_module\n", r"line 1: ModuleNotFoundError: No module named 'nosuch_module'"),
+        ("RUN = 1\nvalue = undefined\n", r"line 2: NameError"),
+        ("RUN = (\n", r"line 1: SyntaxError"),
+    ],
+)
+def test_a_recipe_that_is_no_good_python_says_where(tmp_path, text, expected):
+    """A typing error in a recipe is the user's to mend, not a traceback through our code."""
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=expected):
+        load_run(path)
+
+
+def test_overrides_are_judged_together_with_what_they_change(tmp_path):
+    """One start shows everything: a misspelt field, a wrong value and an option that is none."""
+    path = tmp_path / "run.yaml"
+    path.write_text("model: {base: demo}\ndata: {folder: photos}\noutput_dir: out\n")
+    with pytest.raises(ConfigError) as error:
+        load_run(path, ["adapter.rnk=3", "train.steps=abc", "adapter.rank"])
+    text = str(error.value)
+    assert "adapter.rnk" in text and "train.steps" in text and "--set adapter.rank:" in text
+
+
+def test_a_yaml_error_names_its_line(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model:\n  base: demo\n data: {\n")
+    with pytest.raises(ConfigError, match="line 3: "):
+        load_run(path)

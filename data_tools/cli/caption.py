@@ -170,7 +170,9 @@ def _by_looking(
             done = look(listing, todo, viewer, wording, batch=viewer.batch, write=write, progress=progress)
     _show(console, todo, done, "caption files written" if write else "captions of the first pictures")
     mine = f" (process 1 of {share.count}; each one does its share)" if share.count > 1 else ""
-    if write:
+    if not todo.files:
+        say(console, "Every picture has a caption file; there is nothing to do.")
+    elif write:
         say(console, f"Wrote {len(done.captions)} caption files{mine}.")
     else:
         say(console, f"Looked at {len(todo.files)} of {waiting} pictures; --write captions all of them.")
@@ -184,7 +186,8 @@ def _show(console: Console, todo: Todo, done: Done, title: str) -> None:
     table = table_of(title, "file", "caption")
     for name, lines in list(done.captions.items())[:SHOWN_ROWS]:
         add_row(table, todo.files[name], " | ".join(lines))
-    console.print(table)
+    if done.captions:
+        console.print(table)
     if len(done.captions) > SHOWN_ROWS:
         say(console, f"... and {len(done.captions) - SHOWN_ROWS:,} more.")
     if todo.kept:

@@ -123,12 +123,15 @@ def _show(console: Console, todo: Todo, found: Done, *, write: bool, waiting: in
     table = table_of("masks written" if write else "masks of the first pictures", "file", "mask", "counts")
     for name, part in list(found.shares.items())[:SHOWN_ROWS]:
         add_row(table, name, todo.files[name], f"{part:.0%}")
-    console.print(table)
+    if found.shares:
+        console.print(table)
     if len(found.shares) > SHOWN_ROWS:
         say(console, f"... and {len(found.shares) - SHOWN_ROWS:,} more.")
     if todo.kept:
         say(console, f"{len(todo.kept)} pictures have a mask and keep it; --replace makes it again.")
-    if write:
+    if not todo.files:
+        say(console, "Every picture has a mask; there is nothing to do.")
+    elif write:
         say(console, f"Wrote {len(found.shares)} masks; paint over any of them as you like.")
     else:
         say(console, f"Looked at {len(todo.files)} of {waiting} pictures; --write makes the masks of all.")

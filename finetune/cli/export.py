@@ -29,14 +29,16 @@ def export(  # noqa: PLR0913, PLR0917 - what the user chooses
         Path | None, typer.Option("--output", "-o", help="Where to; default: exports in the run folder.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16; default: the run's own.")] = "",
-    force: Annotated[bool, typer.Option(help="Keep a merged model that rounding takes much from.")] = False,
+    force: Annotated[
+        bool, typer.Option(help="Keep a merged model although rounding takes much of the adapter.")
+    ] = False,
     checkpoint: Annotated[
-        str, typer.Option(help="A step, best (needs checkpoint.keep_best) or last; default: the finished adapter.")
+        str, typer.Option(help="A step that is still there, best or last; default: the finished adapter.")
     ] = "",
     allow_lossy: Annotated[
         bool, typer.Option(help="Write a LoRA where a format cannot say what the adapter does; the loss is measured.")
     ] = False,
-    rank: Annotated[int, typer.Option(min=1, help="Of that LoRA.")] = 64,
+    rank: Annotated[int, typer.Option(min=1, help="With --allow-lossy: the rank of that LoRA.")] = 64,
     metadata: Annotated[str, typer.Option(help="minimal, public or full; default: the run's own.")] = "",
     install: Annotated[
         str, typer.Option(help="Copy the files to where a program reads them: comfyui:FOLDER or a1111:FOLDER.")
