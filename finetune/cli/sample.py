@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
@@ -16,6 +16,7 @@ from finetune.prompt_lines import read_prompts
 from finetune.run_files import checked
 from finetune.weighted import parse_weighted
 
+Value = TypeVar("Value")
 START, ADAPTERS, LOOK, STEER = "What to draw with", "Adapters", "The picture", "Pictures that steer"
 
 PromptsArgument = Annotated[
@@ -153,11 +154,11 @@ def sample(  # noqa: PLR0913, PLR0917 - what the user chooses, one option each
     reporter = ConsoleReporter()
     model, own, merged = finetune.model_of(base, run)
     chosen = {"dtype": dtype or None, "clip_skip": clip_skip, "prompt_chunks": chunks if chunks != 1 else None}
-    problems: list[str] = []
+    problems: tuple[str, ...] = ()
     try:
-        model = checked(type(model), model.model_dump() | {k: v for k, v in chosen.items() if v is not None})
+        model = checked(type(model), model.model_dump() | _said(chosen))
     except ConfigError as error:
-        problems += error.problems
+        problems = error.problems
     adapters = [(path, 1.0) for path in own] + [parse_weighted(text) for text in adapter or ()]
     preparation, shown = _control(control)
     second = parse_weighted(refiner, 0.8) if refiner else None
@@ -165,12 +166,10 @@ def sample(  # noqa: PLR0913, PLR0917 - what the user chooses, one option each
         shot = finetune.shot_of(again)
         if not base and run is None:
             model = model.model_copy(update={"base": shot.base})
-        given = {"image": image, "mask": mask, "control": shown}
-        networks = {"controlnet": controlnet, "refiner": str(second[0]) if second else None}
-        copy = finetune.sample_again(
-            shot, model, [path for path, _ in adapters], {k: v for k, v in given.items() if v is not None}, output,
-            reporter, {k: v for k, v in networks.items() if v is not None}, merged,
-        )  # fmt: skip
+        pictures = _said({"image": image, "mask": mask, "control": shown})
+        networks = _said({"controlnet": controlnet, "refiner": str(second[0]) if second else None})
+        files = [path for path, _ in adapters]
+        copy = finetune.sample_again(shot, model, files, pictures, output, reporter, networks, merged)
         reporter.table("Done", [("Picture", str(copy))])
         return
     wanted = finetune.Wanted(
@@ -180,14 +179,18 @@ def sample(  # noqa: PLR0913, PLR0917 - what the user chooses, one option each
         adapters=tuple(adapters), strengths=_numbers(strengths), image=image, mask=mask, control=shown,
         strength=strength, controlnet=controlnet, control_scale=control_scale, control_from=preparation,
         refiner=(str(second[0]), second[1]) if second else None, upscale=upscale, batch_size=batch,
-        low_memory=low_memory,
-        merge_first=merged,
+        low_memory=low_memory, merge_first=merged,
     )  # fmt: skip
     if problems:
         raise ConfigError("No picture can be made:", [*problems, *wanted.problems()])
     made = finetune.sample(model, wanted, output, reporter)
     sheet = [("Sheet", str(output / "sheet.png"))] if len(made) > 1 else []
     reporter.table("Done", [*(("Picture", str(path)) for path in made[:12]), *sheet])
+
+
+def _said(options: Mapping[str, Value | None]) -> dict[str, Value]:
+    """What the user has chosen of these."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _check_alone(context: typer.Context, adapters: Sequence[str]) -> None:

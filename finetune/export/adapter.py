@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from finetune.export.job import ExportError, Job, Outcome
 from finetune.export.neutral import as_lora, lost_share, neutral, without_alpha
 from finetune.export.words import FOLDER
 from finetune.interchange.adapter import Adapter, InterchangeError
+from finetune.interchange.layouts import LOSSES
 from finetune.interchange.sources import PEFT_CONFIG
 from finetune.interchange.words import beside
 from finetune.interchange.writing import WRITERS
@@ -37,7 +39,8 @@ def writer(layout: str) -> Callable[[Job, Path], Outcome]:
         for name, (tensors, stated) in written.files.items():
             papers = metadata.modelspec(job) | (metadata.kohya(job) if layout == "kohya" else {})
             if outcome.lost:
-                papers |= {"finetune.lost_share": f"{outcome.lost:.6f}", "finetune.lost_how": " ".join(outcome.notes)}
+                told = {"cause": " ".join(outcome.notes), "total": float(f"{outcome.lost:.6g}")}
+                papers |= {LOSSES: json.dumps([told], ensure_ascii=False)}
             papers |= beside(job.file.header.tokens, FOLDER)
             entries = {**papers, **{key: value for key, value in stated.items() if value}}
             storage.write_safetensors(path / name, tensors, metadata.with_hashes(tensors, entries))

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import ConfigError
-from finetune.interchange.conversion import Conversion, check_choice, write
+from finetune.interchange.adapter import Adapter
+from finetune.interchange.conversion import Conversion, check_choice, check_spelling, write
 from finetune.interchange.into_base import IntoBase, merge_into
 from finetune.interchange.lowrank import RankRule, energy, fixed, frobenius, ratio
 from finetune.interchange.merging import MERGES, Merged, Settings, Weighted, merge
@@ -44,9 +45,16 @@ def merge_adapters(
     how, chosen = _settings(settings)
     named = [parse_weighted(text) for text in adapters]
     _check_output(output, [path for path, _ in named])
-    weighted = [Weighted(path, weight, read_adapter(path, base)) for path, weight in named]
+    weighted = [Weighted(path, weight, _read(path, base, to)) for path, weight in named]
     merged = merge(weighted, how, chosen, reporter or Reporter())
     return merged, write(merged.adapter, output, to=to, dtype=dtype, base=base)
+
+
+def _read(path: Path, base: Path | None, to: str) -> Adapter:
+    """An adapter that can be written in a layout afterwards; told before anything is computed."""
+    adapter = read_adapter(path, base)
+    check_spelling(adapter, to)
+    return adapter
 
 
 def merge_into_base(
@@ -90,7 +98,7 @@ def resize_adapter(
     """
     rule, largest = rank_rule(rank, shares or {})
     _check_output(target, [source])
-    resized = resize(read_adapter(source, base), rule, largest, reporter or Reporter())
+    resized = resize(_read(source, base, to), rule, largest, reporter or Reporter())
     return resized, write(resized.adapter, target, to=to, dtype=dtype, base=base)
 
 

@@ -115,11 +115,7 @@ def write(
     check_choice(to, WRITERS, "layout (--to)")
     if dtype:
         check_choice(dtype, DTYPES, "number format (--dtype)")
-    if adapter.guessed and to == "kohya":
-        raise ConfigError(
-            "The adapter is for a base of no published size, and the kohya layout spells layers by the base's family.",
-            [f"its names are nearest to {adapter.architecture.title}'s; name the folder of its base with --base."],
-        )
+    check_spelling(adapter, to)
     number_format = DTYPES[dtype] if dtype else adapter.dtype
     number_format = torch.float32 if to == "ours" or number_format == torch.float64 else number_format
     wanted = adapter
@@ -145,6 +141,19 @@ def write(
     job = _Job(wanted, written, target, to, number_format, table_of(base) or adapter.architecture)
     worst, worst_layer, layers = _publish(job)
     return Conversion(target, to, layers, worst, worst_layer, losses, [*notes, *written.notes])
+
+
+def check_spelling(adapter: Adapter, to: str) -> None:
+    """Refuse to guess how a layout spells layers.
+
+    Raises:
+        ConfigError: if that depends on the base, and the base is not known.
+    """
+    if adapter.guessed and to == "kohya":
+        raise ConfigError(
+            "The adapter is for a base of no published size, and the kohya layout spells layers by the base's family.",
+            ["name the pipeline folder of its base with --base (demo: the embedded one)."],
+        )
 
 
 def _lossy(

@@ -83,8 +83,9 @@ def test_a_loss_that_is_allowed_is_measured_and_told(adapters, tmp_path):
     (done,) = export(*adapters("sd1", "dora"), tmp_path, name="toy", formats=["kohya"], lossy=2)
     _, metadata = read_safetensors(done.path)
     assert 0.01 < done.lost < 1
-    assert float(metadata["finetune.lost_share"]) == pytest.approx(done.lost, abs=1e-6)
-    assert "rank 2" in metadata["finetune.lost_how"]
+    (told,) = json.loads(metadata["finetune.lossy"])
+    assert told["total"] == pytest.approx(done.lost, abs=1e-6)
+    assert "rank 2" in told["cause"]
 
 
 def words(base):

@@ -182,7 +182,7 @@ def test_user_errors_are_words_not_tracebacks(document, tmp_path, capsys, monkey
         (["train", path, "--set", "adapter.targets=nonsense"], 2, "matches none of"),
         (["train", path, "--set", "model.dtype=fp16"], 2, "needs a GPU"),
         (["train", tmp_path / "missing.yaml"], 2, "There is no recipe or run at"),
-        (["export", tmp_path], 2, "There is no recipe or run at"),
+        (["export", tmp_path], 2, "is a folder without run.json"),
     ]
     for arguments, code, words in cases:
         assert words in command(capsys, monkeypatch, *arguments, expect=code)
