@@ -136,7 +136,7 @@ def detect(families: Mapping[str, ModelFamily], folder: Path, base: str) -> Mode
     for family in families.values():
         config_file = folder / family.denoiser / "config.json"
         if config_file.is_file():
-            config = json.loads(config_file.read_text())
+            config = _document(config_file)
             if family.matches(found, config):
                 return family
             unet = config if family.denoiser == "unet" else unet
@@ -149,8 +149,29 @@ def detect(families: Mapping[str, ModelFamily], folder: Path, base: str) -> Mode
 
 
 def index(folder: Path) -> dict[str, Any]:
-    """What `model_index.json` says."""
-    return dict(json.loads((folder / "model_index.json").read_text(encoding="utf-8")))
+    """What `model_index.json` says.
+
+    Raises:
+        ConfigError: if it cannot be read.
+        UnsafeError: if it asks for code of its own.
+    """
+    found = _document(folder / "model_index.json")
+    if not isinstance(found.get("_class_name"), str):
+        raise UnsafeError(
+            f"{folder / 'model_index.json'} names the pipeline {found.get('_class_name')!r}: code that comes with a "
+            "model is never run here; use a base of a class that diffusers has."
+        )
+    return found
+
+
+def _document(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read: {_first_line(error)}; fetch the base again.") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} holds no settings; fetch the base again.")
+    return found
 
 
 def _prediction(scheduler: Mapping[str, Any]) -> str | None:
