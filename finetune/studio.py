@@ -48,6 +48,9 @@ def open_studio(model: ModelConfig, wanted: Wanted, reporter: Reporter) -> Studi
         UserError: for pictures, adapters, bases and ControlNets that cannot be read or do not fit.
     """
     pictures, problems = _pictures(wanted)
+    network = wanted.controlnet
+    if network and "/" not in network and not Path(network).is_dir():
+        problems.append(f"--controlnet {network} is neither a folder here nor a hub id, which has the form owner/name.")
     adapters = []
     names = names_folder(model.base)
     for path, strength in wanted.adapters:
@@ -120,8 +123,6 @@ def adapter_path(path: Path) -> Path:
 
 
 def _controlnet(name: str, dtype: torch.dtype) -> nn.Module:
-    if "/" not in name and not Path(name).is_dir():
-        raise ConfigError(f"--controlnet {name} is neither a folder here nor a hub id, which has the form owner/name.")
     try:
         loaded: nn.Module = diffusers.AutoModel.from_pretrained(name, torch_dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, KeyError) as error:

@@ -171,7 +171,7 @@ def _by_looking(
     _show(console, todo, done, "caption files written" if write else "captions of the first pictures")
     mine = f" (process 1 of {share.count}; each one does its share)" if share.count > 1 else ""
     if not todo.files:
-        say(console, "Every picture has a caption file; there is nothing to do.")
+        say(console, "No picture waits for a caption: there is nothing to do.")
     elif write:
         say(console, f"Wrote {len(done.captions)} caption files{mine}.")
     else:

@@ -130,7 +130,7 @@ def _show(console: Console, todo: Todo, found: Done, *, write: bool, waiting: in
     if todo.kept:
         say(console, f"{len(todo.kept)} pictures have a mask and keep it; --replace makes it again.")
     if not todo.files:
-        say(console, "Every picture has a mask; there is nothing to do.")
+        say(console, "No picture waits for a mask: there is nothing to do.")
     elif write:
         say(console, f"Wrote {len(found.shares)} masks; paint over any of them as you like.")
     else:

@@ -119,3 +119,5 @@ def test_the_command_follows_edges_and_makes_the_picture_again(capsys, monkeypat
     for words in ("did you mean canny", "cannot be combined", "a picture to repaint is needed"):
         assert words in told
     assert "cannot be loaded" in sample("a cat", "--controlnet", tmp_path / "nowhere", *control, expect=2)
+    text = sample("a cat", "--controlnet", "nowhere", *control, expect=2)
+    assert "neither a folder here nor a hub id" in text and "Loading" not in text
