@@ -88,14 +88,7 @@ def extract(  # noqa: PLR0913, PLR0917 - what the user chooses
     ] = None,
     convolutions: Annotated[bool, typer.Option(help="Take 3x3 convolutions too.")] = True,
     to: Layout = "kohya",
-    base: Annotated[
-        Path | None,
-        typer.Option(
-            help="Pipeline folder that names the layers of single files of no published size.",
-            parser=base_path,
-            metavar="PATH",
-        ),
-    ] = None,
+    base: Base = None,
     dtype: Dtype = "",
 ) -> None:
     """Get an adapter out of a fine-tuned model: the best LoRA for the difference to its base, and what it keeps."""

@@ -43,9 +43,9 @@ def test_the_subject_is_learned_under_its_word_and_nothing_else_is_lost(demo):
     _, summary, _ = demo
     before, after = summary["before"], summary["after"]
     assert before["with_trigger"] <= 0.05, "the base must not know the subject"
-    # keep: some 30 pictures of a kind; the bounds lie between what is measured with class pictures (89, 2, -9 and -6
+    # keep: some 30 pictures of a kind; the bounds lie between what is measured with class pictures (94, 4, -5 and 0
     # points of 376, docs/experiments.md) and without them (98, 95, -99 and -22).
-    assert after["with_trigger"] >= 0.7
+    assert after["with_trigger"] >= 0.8
     assert after["without_trigger"] <= 0.2
     assert after["class_kept"] >= before["class_kept"] - 0.25
     assert after["ordinary"] >= before["ordinary"] - 0.15
