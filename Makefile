@@ -27,7 +27,7 @@ base: $(INSTALLED)  ## Build the embedded base model from nothing (hours on a CP
 	$(BIN)/python -m finetune.demo.build --out runs/base --minutes $(or $(MINUTES),240)
 
 notebooks: $(INSTALLED)  ## Write the .ipynb of every notebook from its text.
-	$(BIN)/jupytext --quiet --to ipynb recipes/notebooks/*.py
+	$(BIN)/jupytext --quiet --update --to ipynb recipes/notebooks/*.py
 
 clean:           ## Remove .venv and caches; runs/ stays.
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -1,16 +1,18 @@
-"""How fast pictures become tensors, against the bare decoder and the loader that most trainers use.
+"""How fast pictures become tensors, against the bare decoder and the loaders of other trainers.
 
     OMP_NUM_THREADS=1 python benchmarks/data.py                  # every part, a few minutes on two cores
     OMP_NUM_THREADS=1 python benchmarks/data.py --part epoch     # one of: decode, scan, epoch, cache, collate
 
 Every part prints JSON lines. Ratios are medians over turns in which all sides work on the same files in alternation,
 with as many threads or workers as there are cores; above 1 means that ours is faster. Ours ends in fp32 tensors of
-[-1, 1], as the loader does; the bare decoder in decoded pixels of the file's own size.
+[-1, 1], as the loaders do; the bare decoder in decoded pixels of the file's own size. The loader of sd-scripts needs
+OpenCV (`pip install opencv-python-headless`) and is left out without.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import resource
@@ -20,6 +22,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -60,23 +63,24 @@ def main() -> None:
 
 
 def decode(folder: Path, options: argparse.Namespace) -> None:
-    """JPEG files to training size: the bare decoder, a loader as the peers have it, and ours."""
+    """JPEG files to training size: the bare decoder, loaders as other trainers have them, and ours."""
+    loaders = {name: resize for name, (resize, library) in PEERS.items() if find_spec(library)}
     for megapixels, size, resolution in ((3, (2048, 1536), 1024), (12, (4032, 3024), 1024), (12, (4032, 3024), 512)):
         paths = photos(folder / f"{megapixels}", size, 8 * CORES)
         pictures = [settled(path, size, resolution) for path in paths]
-        bare: list[float] = []
-        ours: list[float] = []
-        peers: list[float] = []
+        sides: dict[str, Callable[[], object]] = {
+            "ours": partial(in_threads, as_training, pictures),
+            "bare_decoder": partial(in_threads, only_decode, paths),
+            **{name: partial(as_peers, pictures, resize) for name, resize in loaders.items()},
+        }
+        took: dict[str, list[float]] = {name: [] for name in sides}
         for _ in range(options.turns):
-            bare.append(seconds(lambda p=paths: in_threads(only_decode, p)))
-            ours.append(seconds(lambda p=pictures: in_threads(as_training, p)))
-            peers.append(seconds(lambda p=pictures: as_peers(p)))
+            for name, work in sides.items():
+                took[name].append(seconds(work))
         say(
             "decode", jpeg=f"{megapixels} MP", bucket=resolution, cores=CORES,
-            ours_pictures_per_second=round(len(paths) / statistics.median(ours), 1),
-            bare_decoder=round(len(paths) / statistics.median(bare), 1),
-            torch_dataset_loader=round(len(paths) / statistics.median(peers), 1),
-            ours_over_bare=ratio(bare, ours), ours_over_loader=ratio(peers, ours),
+            pictures_per_second={name: round(len(paths) / statistics.median(times), 1) for name, times in took.items()},
+            ours_over={name: ratio(took[name], took["ours"]) for name in sides if name != "ours"},
         )  # fmt: skip
 
 
@@ -190,12 +194,32 @@ def only_decode(path: Path) -> None:
         image.load()
 
 
-class PeersDataset(Dataset[Tensor]):
-    """The dataset of the diffusers scripts: open, turn, convert, resize, crop, to tensor, normalise."""
+Size = tuple[int, int]
 
-    def __init__(self, pictures: list[Picture]) -> None:
+
+def by_pillow(image: Image.Image, size: Size) -> np.ndarray:
+    """Lanczos, as the diffusers scripts ask of it; `size` is (width, height)."""
+    return np.asarray(image.resize(size, Image.Resampling.LANCZOS))
+
+
+def by_opencv(image: Image.Image, size: Size) -> np.ndarray:
+    """Means of areas, as sd-scripts make pictures smaller."""
+    cv2 = importlib.import_module("cv2")
+    cv2.setNumThreads(1)
+    return cv2.resize(np.array(image), size, interpolation=cv2.INTER_AREA)
+
+
+Resize = Callable[[Image.Image, Size], np.ndarray]
+PEERS: dict[str, tuple[Resize, str]] = {"diffusers": (by_pillow, "PIL"), "sd_scripts": (by_opencv, "cv2")}
+"""Whose loader, how it resizes, and the library that this needs."""
+
+
+class PeersDataset(Dataset[Tensor]):
+    """As other trainers have it: open, turn, convert, resize, crop, to tensor, normalise."""
+
+    def __init__(self, pictures: list[Picture], resize: Resize) -> None:
         """Remember the pictures."""
-        self.pictures = pictures
+        self.pictures, self.resize = pictures, resize
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -203,16 +227,14 @@ class PeersDataset(Dataset[Tensor]):
     def __getitem__(self, index: int) -> Tensor:
         place = self.pictures[index].placement
         image = ImageOps.exif_transpose(Image.open(self.pictures[index].path)).convert("RGB")
-        image = image.resize(place.resize[::-1], Image.Resampling.LANCZOS)
         (top, left), (height, width) = place.crop_top_left, place.bucket
-        image = image.crop((left, top, left + width, top + height))
-        array = np.asarray(image).transpose(2, 0, 1)
+        array = self.resize(image, place.resize[::-1])[top : top + height, left : left + width].transpose(2, 0, 1)
         return (torch.from_numpy(array.copy()).float().div(255) - 0.5) / 0.5
 
 
-def as_peers(pictures: list[Picture]) -> None:
+def as_peers(pictures: list[Picture], resize: Resize) -> None:
     """One pass of a torch DataLoader with a worker per core."""
-    for _ in DataLoader(PeersDataset(pictures), batch_size=4, num_workers=CORES):
+    for _ in DataLoader(PeersDataset(pictures, resize), batch_size=4, num_workers=CORES):
         pass
 
 

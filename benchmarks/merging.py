@@ -1,4 +1,5 @@
-"""Peak memory and time of putting an adapter into a full-size checkpoint, and of taking one out of two.
+"""Peak memory and time of putting an adapter into a full-size checkpoint, of exporting a run of one, and of taking
+an adapter out of two.
 
     python -m benchmarks.merging sd1 --folder /tmp/merging
 
@@ -9,6 +10,8 @@ a LoRA of rank 16 on every attention layer of the denoiser. Each command runs in
 from __future__ import annotations
 
 import argparse
+import json
+import multiprocessing
 import os
 import shutil
 import sys
@@ -18,10 +21,12 @@ from pathlib import Path
 import torch
 
 from benchmarks.loading import write_file
+from finetune.families import load_family
 from finetune.interchange.adapter import Adapter, Update
 from finetune.interchange.conversion import write
 from finetune.interchange.names import published
 from finetune.rng import rng
+from finetune.run_files import ADAPTER_FILE
 
 RANK = 16
 
@@ -37,6 +42,16 @@ def adapter_for(name: str) -> Adapter:
             tensors = {"lora_A.weight": down, "lora_B.weight": up}
             updates["unet", module] = Update("lora", tensors, 1 / RANK, shape=shape)
     return Adapter(updates, architecture)
+
+
+def write_run(name: str, base: Path, folder: Path) -> None:
+    """A finished run on the base, as `finetune train` leaves it."""
+    _, components = load_family(str(base), dtype=None)
+    adapter = adapter_for(name)
+    adapter.metadata |= {"finetune.base": base.name, "finetune.base_digest": components.digest}
+    write(adapter, folder / ADAPTER_FILE, to="ours")
+    run = {"model": {"base": str(base)}, "data": {"folder": str(folder)}, "output_dir": str(folder)}
+    (folder / "run.json").write_text(json.dumps(run), encoding="utf-8")
 
 
 def measured(arguments: list[str]) -> tuple[float, float]:
@@ -60,7 +75,16 @@ def main() -> None:
     try:
         write_file(options.name, Path(base))
         write(adapter_for(options.name), Path(adapter), to="kohya", dtype="fp16")
+        # keep: in a process of its own, for what this one has held counts as its children's peak.
+        writer = multiprocessing.get_context("spawn").Process(target=write_run, args=(options.name, Path(base), folder))
+        writer.start()
+        writer.join()
+        exported = str(folder / "exported")
         commands = {
+            **{
+                f"export -f {form} --dtype fp16": ["export", str(folder), "-f", form, "--dtype", "fp16", "-o", exported]
+                for form in ("kohya", "single-file", "merged")
+            },
             "merge --into": ["merge", adapter, "--into", base, "-o", merged],
             "extract": ["extract", merged, base, str(folder / "extracted.safetensors"), "--rank", str(RANK)],
         }
@@ -68,6 +92,8 @@ def main() -> None:
         for name, arguments in commands.items():
             seconds, peak = measured(arguments)
             sys.stdout.write(f"{name}: {size:.2f} GiB file, {peak:.2f} GiB at the peak, {seconds:.0f} s\n")
+            sys.stdout.flush()
+            shutil.rmtree(exported, ignore_errors=True)
     finally:
         shutil.rmtree(folder)
 

@@ -179,6 +179,7 @@ def random_sd15(folder: Path) -> Path:
         config = CLIPTextConfig(
             hidden_size=768, intermediate_size=768, num_hidden_layers=1, num_attention_heads=12,
             vocab_size=len(demo.tokenizers["text_encoder"]),
+            max_position_embeddings=demo.tokenizers["text_encoder"].model_max_length,
         )  # fmt: skip
         text_encoder = CLIPTextModel(config)
     StableDiffusionPipeline(

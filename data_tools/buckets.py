@@ -1,6 +1,6 @@
-"""Aspect-ratio buckets: which picture is resized and cropped to which size. Pure arithmetic, but for `cut`.
+"""Aspect-ratio buckets: which picture is resized and cropped to which size. Pure arithmetic.
 
-All sizes are (height, width) in pixels; only Pillow's `.size` is (width, height).
+All sizes are (height, width) in pixels; only Pillow's `.size` and what is written as JSON are (width, height).
 """
 
 from __future__ import annotations
@@ -8,9 +8,8 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-
-from PIL import Image
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from data_tools.errors import DataToolsError, UsageError, shown
 from data_tools.records import ImageRecord
@@ -29,7 +28,7 @@ SDXL_SIDES = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Placement:
     """How one picture becomes exactly one bucket's size: resize it, then cut the bucket out of it."""
 
@@ -42,8 +41,13 @@ class Placement:
     lost: float
     """Share of the picture that is cropped away, 0 to 1."""
 
+    def as_json(self) -> dict[str, Any]:
+        """Sizes as [width, height], the crop's corner as [left, top], pixels."""
+        sizes = {"bucket": self.bucket, "resize": self.resize, "crop_left_top": self.crop_top_left}
+        return {**{name: [across, down] for name, (down, across) in sizes.items()}, "lost": round(self.lost, 6)}
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class BucketRow:
     """One line of the bucket plan."""
 
@@ -55,6 +59,11 @@ class BucketRow:
     max_lost: float
     most_lost: str
     """The file that loses `max_lost`."""
+
+    def as_json(self) -> dict[str, Any]:
+        """With its `size` as [width, height], pixels."""
+        values = asdict(self)
+        return {"size": [*values.pop("bucket")][::-1], **values}
 
 
 def make_buckets(
@@ -81,9 +90,7 @@ def make_buckets(
         arXiv:2307.01952, appendix I.
     """
     if multiple < 1 or resolution < multiple:
-        raise UsageError(
-            f"resolution={resolution} and multiple={multiple} leave no bucket; a side needs one multiple."
-        )
+        raise UsageError(f"resolution={resolution} and multiple={multiple} leave no bucket; a side needs one multiple.")
     low = max(multiple, math.ceil((min_side or resolution / 2) / multiple) * multiple)
     high = (max_side or resolution * 2) // multiple * multiple
     square = resolution // multiple * multiple
@@ -93,9 +100,7 @@ def make_buckets(
             f"in steps of {multiple}; widen them."
         )
     if (high - low) // multiple > MANY_BUCKETS:
-        raise UsageError(
-            f"resolution={resolution} in steps of {multiple} makes too many buckets; raise multiple."
-        )
+        raise UsageError(f"resolution={resolution} in steps of {multiple} makes too many buckets; raise multiple.")
     sizes = {(square, square)}
     for side in range(low, high + 1, multiple):
         other = min(high, resolution**2 // side // multiple * multiple)
@@ -209,11 +214,7 @@ def assign(
         fits = bucket[0] <= height and bucket[1] <= width
         area = bucket[0] * bucket[1]
         # keep: rounded, so that equal shapes tie in spite of the logarithm; the largest that fits is taken.
-        return (
-            round(abs(math.log(bucket[1] / bucket[0]) - shape), 9),
-            not fits,
-            -area if fits or upscale else area,
-        )
+        return (round(abs(math.log(bucket[1] / bucket[0]) - shape), 9), not fits, -area if fits or upscale else area)
 
     bucket = min(buckets, key=distance)
     if not upscale and (bucket[0] > height or bucket[1] > width):
@@ -236,11 +237,7 @@ def _cover(width: int, height: int, bucket: Size, crop: Crop) -> Placement:
 
 
 def place(
-    records: Iterable[ImageRecord],
-    buckets: Sequence[Size],
-    *,
-    upscale: bool = False,
-    multiple: int | None = None,
+    records: Iterable[ImageRecord], buckets: Sequence[Size], *, upscale: bool = False, multiple: int | None = None
 ) -> list[Placement]:
     """`assign` for every record, in order; a record with a `focus` is cropped around it, the others in the middle.
 
@@ -248,18 +245,15 @@ def place(
         DataToolsError: naming every picture that is too small.
     """
     placements, problems = [], []
+    # keep: a million pictures have a few sizes, and to look through all buckets for each takes longer than all else.
+    known: dict[tuple[object, ...], Placement] = {}
     for record in records:
+        key = (record.width, record.height, record.focus)
         try:
-            placements.append(
-                assign(
-                    record.width,
-                    record.height,
-                    buckets,
-                    upscale=upscale,
-                    multiple=multiple,
-                    crop=around(record.focus) if record.focus else centred,
-                )
-            )
+            if key not in known:
+                crop = around(record.focus) if record.focus else centred
+                known[key] = assign(*key[:2], buckets, upscale=upscale, multiple=multiple, crop=crop)
+            placements.append(known[key])
         except UsageError:
             raise
         except DataToolsError as error:
@@ -280,38 +274,7 @@ def plan_table(records: Sequence[ImageRecord], placements: Sequence[Placement]) 
         mean = sum(lost for _, lost in members) / len(members)
         rows.append(
             BucketRow(
-                bucket,
-                len(members),
-                sum(record.repeats for record, _ in members),
-                mean,
-                max_lost,
-                worst.file_name,
+                bucket, len(members), sum(record.repeats for record, _ in members), mean, max_lost, worst.file_name
             )
         )
     return rows
-
-
-def cut(image: Image.Image, placement: Placement) -> Image.Image:
-    """Resize and crop `image` in one go to exactly `placement.bucket`: Lanczos, large pictures reduced first.
-
-    Raises:
-        ValueError: the picture does not have the shape that the placement was made for.
-    """
-    (height, width), (top, left) = placement.bucket, placement.crop_top_left
-    down, across = image.height / placement.resize[0], image.width / placement.resize[1]
-    aspect = image.height / image.width
-    # keep: one side of the resize was rounded, by at most half a pixel.
-    if abs(aspect * placement.resize[1] - placement.resize[0]) > 0.5 * max(1.0, aspect) + 1e-6:
-        raise ValueError(
-            f"the placement resizes to {placement.resize}, but the picture is {image.height} x {image.width}"
-        )
-    # keep: cutting the box while resizing equals resize then crop, without holding the part that is lost.
-    box = (
-        left * across,
-        top * down,
-        min((left + width) * across, image.width),
-        min((top + height) * down, image.height),
-    )
-    if box == (0, 0, width, height) and image.size == (width, height):
-        return image.copy()
-    return image.resize((width, height), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)

@@ -3,39 +3,25 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from data_tools.beside import Todo, plan_files
 from data_tools.captioners.base import Answer, Caption, Captioner
 from data_tools.captioners.sidecar import sidecar
 from data_tools.errors import Problem
 from data_tools.files import storage_errors, write_atomic
 from data_tools.folder import Listing
-from data_tools.names import stem, suffix
+from data_tools.inspection import Progress
+from data_tools.names import stem, suffix, with_suffix
 from data_tools.processes import Share
 from data_tools.wording import Wording
 
-Progress = Callable[[int, int], None]
 TEXT = (".txt", ".caption")
 
 
-@dataclass
-class Todo:
-    """Which pictures are to be captioned, and into which files."""
-
-    files: dict[str, str] = field(default_factory=dict)
-    """Picture -> caption file."""
-    kept: list[str] = field(default_factory=list)
-    """Pictures whose caption file stays, readable or not."""
-    problems: list[Problem] = field(default_factory=list)
-
-
 def plan(listing: Listing, replace: bool, share: Share) -> Todo:
-    """Look at what is there; a picture with a caption file keeps it unless `replace`.
-
-    Each process takes every n-th picture of the folder, whatever others have written meanwhile.
-    """
-    todo = Todo()
+    """Look at what is there; a picture with a caption file, readable or not, keeps it unless `replace`."""
     found = sidecar(listing, None)
     has = set(found.captions) | found.failed
     beside: dict[str, list[str]] = defaultdict(list)
@@ -43,29 +29,14 @@ def plan(listing: Listing, replace: bool, share: Share) -> Todo:
         # keep: a .json file without a caption belongs to a downloader, and a text file may stand beside it.
         if suffix(name) in TEXT:
             beside[stem(name)].append(name)
-    first: dict[str, str] = {}
-    for name in listing.pictures:
-        first.setdefault(stem(name), name)
-    for name in share.of(listing.pictures):
+
+    def place(name: str) -> str | Problem:
         files = beside[stem(name)]
-        if name in has and not replace:
-            todo.kept.append(name)
-        elif first[stem(name)] != name:
-            todo.problems.append(_same_stem(name, first[stem(name)]))
-        elif len(files) > 1 or (name in has and not files):
-            todo.problems.append(_elsewhere(name, files))
-        else:
-            todo.files[name] = files[0] if files else f"{name[: len(name) - len(suffix(name))]}.txt"
-    return todo
+        if len(files) > 1 or (name in has and not files):
+            return _elsewhere(name, files)
+        return files[0] if files else with_suffix(name, ".txt")
 
-
-def _same_stem(name: str, other: str) -> Problem:
-    return Problem(
-        name,
-        f"shares its caption file with {other}",
-        "the two have the same name but for the ending",
-        "rename one of them",
-    )
+    return plan_files(listing.pictures, share, "caption file", () if replace else has, place)
 
 
 def _elsewhere(name: str, files: Sequence[str]) -> Problem:

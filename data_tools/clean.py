@@ -35,7 +35,7 @@ Score = Callable[[Path, Sequence[ImageRecord]], Sequence[Mapping[str, float]]]
 """Asks models for numbers about every picture of a folder, by name."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Finding:
     """One check that spoke about one picture."""
 
@@ -45,7 +45,7 @@ class Finding:
     """With the number and the limit; free of `BETWEEN`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Judged:
     """One picture, what was measured in it, and what follows."""
 
@@ -156,9 +156,7 @@ def _measured(root: Path, records: Sequence[ImageRecord], options: Options) -> l
     )
 
 
-def _stored_scores(
-    row: Mapping[str, Any], record: ImageRecord, rules: Mapping[str, Rule]
-) -> dict[str, float]:
+def _stored_scores(row: Mapping[str, Any], record: ImageRecord, rules: Mapping[str, Rule]) -> dict[str, float]:
     """Scores that an earlier run wrote into the manifest for this very file; models are slow to ask again."""
     if row.get("sha256") != record.sha256:
         return {}
@@ -173,9 +171,7 @@ def _by_hand(row: Mapping[str, Any], record: ImageRecord) -> Verdict | None:
     return record.verdict
 
 
-def _shared(
-    records: Sequence[ImageRecord], measures: Sequence[Measures], options: Options
-) -> dict[int, str]:
+def _shared(records: Sequence[ImageRecord], measures: Sequence[Measures], options: Options) -> dict[int, str]:
     """Pictures that other folders hold as well: {index: finding}."""
     rule = options.rules["leak"]
     found: dict[int, str] = {}

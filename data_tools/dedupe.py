@@ -33,7 +33,7 @@ AT_ONCE = 4_000_000
 _BIT_COUNTS = np.array([value.bit_count() for value in range(2**16)], dtype=np.uint8)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Copy:
     """A picture that shows what another one shows."""
 
@@ -147,10 +147,7 @@ def _runs(values: NDArray[np.integer[Any]]) -> Iterator[tuple[int, int]]:
 
 
 def find_copies(
-    records: Sequence[ImageRecord],
-    measures: Sequence[Measures],
-    distance: int,
-    rank: Sequence[int] | None = None,
+    records: Sequence[ImageRecord], measures: Sequence[Measures], distance: int, rank: Sequence[int] | None = None
 ) -> list[Copy]:
     """Which pictures show what a better one shows; everything else is left as it is.
 

@@ -10,15 +10,16 @@ import fnmatch
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_tools.captioners.columns import TEXT_COLUMNS
-from data_tools.errors import DataToolsError, Problem, RefusedError, UsageError, grouped, shown
+from data_tools.errors import DataToolsError, Problem, RefusedError, UsageError, shown, stop_for_errors
 from data_tools.files import read_regular, storage_errors, write_atomic
 from data_tools.fingerprints import sha256
 from data_tools.folder import OWN, Listing, inside
+from data_tools.inspection import Progress
 from data_tools.names import stem, suffix
 from data_tools.rows import json_object
 from data_tools.text import LINE_END, MAX_CAPTION_BYTES, MAX_TEXT_BYTES, decode_text, split_captions
@@ -177,8 +178,8 @@ def _edited(place: str, caption: str, edit: Edit, found: Plan) -> str:
     return new
 
 
-def apply(root: Path, planned: Plan) -> None:
-    """Keep what the files held, then write them, each whole or not at all.
+def apply(root: Path, planned: Plan, progress: Progress | None = None) -> None:
+    """Keep what the files held, then write them, each whole or not at all; killed in between, both can be repeated.
 
     Raises:
         StorageError: the disk is full or does not allow it; what was written can be undone.
@@ -192,12 +193,18 @@ def apply(root: Path, planned: Plan) -> None:
     with storage_errors(mark):
         mark.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(mark, json.dumps(entries).encode())
-    for name, (_, after) in planned.files.items():
+    _write(root, {name: after for name, (_, after) in planned.files.items()}, progress)
+
+
+def _write(root: Path, files: Mapping[str, bytes], progress: Progress | None) -> None:
+    for done, (name, data) in enumerate(files.items(), start=1):
         with storage_errors(root / name):
-            write_atomic(root / name, after)
+            write_atomic(root / name, data)
+        if progress is not None:
+            progress(done, len(files))
 
 
-def undo(root: Path, *, write: bool) -> list[str]:
+def undo(root: Path, *, write: bool, progress: Progress | None = None) -> list[str]:
     """Give the files of the last edit back what they held before; their names.
 
     Raises:
@@ -216,13 +223,9 @@ def undo(root: Path, *, write: bool) -> list[str]:
         raise DataToolsError(
             f"{shown(str(kept[-1]))} is damaged ({error!r}); remove it to undo the edit before it."
         ) from error
-    problems = list(_changed_since(root, before, after))
-    if problems:
-        raise DataToolsError("The last edit is not undone:", grouped(problems))
+    stop_for_errors("The last edit is not undone:", _changed_since(root, before, after))
     if write:
-        for name, data in before.items():
-            with storage_errors(root / name):
-                write_atomic(root / name, data)
+        _write(root, before, progress)
         kept[-1].unlink()
     return list(before)
 

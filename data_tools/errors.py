@@ -19,7 +19,7 @@ SHOWN_NAMES = 12
 """How many names one line lists; a folder of 100,000 pictures can fail in one way 100,000 times."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Problem:
     """One finding about one file (or about the folder itself, when `file_name` is empty).
 
@@ -60,9 +60,7 @@ class DataToolsError(Exception):
 
     exit_code = DATA
 
-    def __init__(
-        self, headline: str, problems: Iterable[Problem | str] = (), exit_code: int | None = None
-    ) -> None:
+    def __init__(self, headline: str, problems: Iterable[Problem | str] = (), exit_code: int | None = None) -> None:
         self.headline = headline
         self.problems = tuple(str(problem) for problem in problems)
         if exit_code is not None:
@@ -86,9 +84,25 @@ class StorageError(DataToolsError):
     exit_code = STORAGE
 
 
+def counted(number: int, thing: str, several: str = "") -> str:
+    """ "1 picture", "1,200 pictures"; `several` where an s does not make the plural."""
+    return f"{number:,} {thing if number == 1 else several or thing + 's'}"
+
+
 def gravest(problems: Iterable[Problem]) -> int:
     """The exit code of several errors: unsafe before unreadable before to be mended; 0 without errors."""
     return max((problem.code for problem in problems if problem.severity == "error"), default=0)
+
+
+def stop_for_errors(headline: str, problems: Iterable[Problem]) -> None:
+    """Go on unless there is an error among the problems.
+
+    Raises:
+        DataToolsError: naming every error at once; its exit code is that of the gravest.
+    """
+    errors = [problem for problem in problems if problem.severity == "error"]
+    if errors:
+        raise DataToolsError(headline, grouped(errors), gravest(errors))
 
 
 def shown(text: str) -> str:
@@ -105,19 +119,29 @@ def shown(text: str) -> str:
 
 def sentence(problems: Sequence[Problem]) -> str:
     """One line for problems that share what, why and remedy: the names, then the three."""
+    return ": ".join(filter(None, parts(problems)))
+
+
+def parts(problems: Sequence[Problem]) -> tuple[str, str]:
+    """Of problems that share what, why and remedy: the names, and the three."""
     first = problems[0]
     named = [problem.file_name for problem in problems if problem.file_name]
     names = ", ".join(shown(name) for name in named[:SHOWN_NAMES])
     if len(named) > SHOWN_NAMES:
         names += f" and {len(named) - SHOWN_NAMES:,} more"
-    count = f" ({len(problems):,} files)" if len(problems) > 1 else ""
+    count = f" ({counted(len(problems), 'file')})" if len(problems) > 1 else ""
     words = "; ".join(shown(part) for part in (first.what, first.why, first.remedy))
-    return f"{names}{count}{': ' if names else ''}{words}."
+    return names + count, f"{words}."
 
 
 def grouped(problems: Iterable[Problem]) -> list[str]:
     """Every problem, those with the same words gathered into one line; order of first appearance."""
+    return [sentence(group) for group in alike(problems)]
+
+
+def alike(problems: Iterable[Problem]) -> list[list[Problem]]:
+    """Problems with the same words together; order of first appearance."""
     groups: dict[tuple[str, str, str], list[Problem]] = {}
     for problem in problems:
         groups.setdefault((problem.what, problem.why, problem.remedy), []).append(problem)
-    return [sentence(group) for group in groups.values()]
+    return list(groups.values())

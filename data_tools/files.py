@@ -9,6 +9,7 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from data_tools.errors import STORAGE, RefusedError, StorageError, shown
 
@@ -67,11 +68,18 @@ def read_regular(path: Path, max_bytes: int) -> bytes:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write `data` beside `path`, make it durable, then rename: readers see the old file or the new one."""
+    with whole_file(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """As `write_atomic`, for what is written bit by bit; an error inside the block leaves the old file."""
     # keep: a short name, because the longest names of pictures leave no room for a longer one beside them.
     handle, temporary = tempfile.mkstemp(prefix=".part-", dir=path.parent)
     try:
         with open(handle, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         # keep: mkstemp makes files that only their owner can read.

@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_tools.errors import DataToolsError, Problem, RefusedError, grouped
-from data_tools.files import read_regular
-from data_tools.images import MAX_FILE_BYTES, decode
+from data_tools.errors import Problem, RefusedError, stop_for_errors
+from data_tools.images import BLACK, read_picture
 from data_tools.pool import death, in_workers
 from data_tools.quality import reduced
 from data_tools.records import ImageRecord
@@ -41,7 +40,7 @@ def focus_on_masks(root: Path, records: Sequence[ImageRecord], workers: int | No
         if record.mask_file is None or record.focus is not None:
             return record
         try:
-            mask, _ = decode(read_regular(root / record.mask_file, MAX_FILE_BYTES), (0, 0, 0))
+            mask = read_picture(root / record.mask_file, BLACK)
         except RefusedError as refusal:
             return refusal.problem(record.mask_file)
         return replace(record, focus=mask_focus(mask))
@@ -50,6 +49,5 @@ def focus_on_masks(root: Path, records: Sequence[ImageRecord], workers: int | No
         in_workers(work, records, workers, lambda record, code: death(record.mask_file or record.file_name, code))
     )
     problems = [result for result in results if isinstance(result, Problem)]
-    if problems:
-        raise DataToolsError("These masks cannot be used:", grouped(problems))
+    stop_for_errors("These masks cannot be used:", problems)
     return [result for result in results if isinstance(result, ImageRecord)]

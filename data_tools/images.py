@@ -1,6 +1,6 @@
 """The decoder: any picture file -> upright 8-bit sRGB pixels, or words that say why not.
 
-Every picture of the toolkit goes through `load_image`: size, hash, bucket and training see the same pixels.
+Every picture of the toolkit goes through `decode`: size, hash, bucket and training see the same pixels.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-from data_tools.errors import DataToolsError, RefusedError
+from data_tools.errors import RefusedError
 from data_tools.files import read_regular
 
 DECODER = "1"
@@ -54,7 +54,9 @@ MAX_PIXELS = 64_000_000
 MAX_FILE_BYTES = 512 * 2**20
 MIN_SIDE = 8
 """Pixels; the autoencoders of all families shrink by 8, so a smaller picture has no latent at all."""
-WHITE = (255, 255, 255)
+WHITE, BLACK = (255, 255, 255), (0, 0, 0)
+"""Behind transparent pixels: white behind pictures, black behind masks, of which these places do not count."""
+AVIF = (b"ftypavif", b"ftypavis")
 REPLACE = "copy it again from the original, or remove it"
 Color = tuple[int, int, int]
 
@@ -72,27 +74,24 @@ UPRIGHT = {
 }
 
 
-def load_image(path: Path, background: Color = WHITE) -> Image.Image:
-    """Decode one picture completely into upright 8-bit sRGB.
-
-    The header is checked before anything is decoded; EXIF rotation, colour profile, 16-bit and float depth,
-    palette, CMYK and transparency are applied; of an animation the first frame is taken.
+def read_picture(path: Path, background: Color = WHITE) -> Image.Image:
+    """Decode one picture file completely into upright 8-bit sRGB, as `decode` does.
 
     Args:
         path: a regular file; pipes, sockets and devices are refused without being waited for.
         background: red, green, blue in 0 to 255, shown where the picture is transparent.
 
     Raises:
-        DataToolsError: the file cannot be read or decoded whole, or exceeds `MAX_PIXELS`; the path is named.
+        RefusedError: the file cannot be read or decoded whole, or exceeds `MAX_PIXELS`.
     """
-    try:
-        return decode(read_regular(Path(path), MAX_FILE_BYTES), background)[0]
-    except RefusedError as refusal:
-        raise DataToolsError("This picture cannot be used:", [refusal.problem(str(path))]) from refusal
+    return decode(read_regular(path, MAX_FILE_BYTES), background)[0]
 
 
 def decode(data: bytes, background: Color = WHITE, *, shrink: float = 1.0) -> tuple[Image.Image, tuple[str, ...]]:
     """The bytes of a picture file -> (upright RGB picture, notes on what had to be done to it).
+
+    The header is checked before anything is decoded; EXIF rotation, colour profile, 16-bit and float depth, palette,
+    CMYK and transparency are applied; of an animation the first frame is taken.
 
     Args:
         data: the whole file.
@@ -143,6 +142,8 @@ def _open(data: bytes) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(f"is a decompression bomb ({error})") from error
     except UnidentifiedImageError as error:
+        if data[4:12] in AVIF:
+            raise _damaged(error) from error
         start = data[:16].decode("ascii", errors="replace")
         heic = data[4:8] == b"ftyp" and "HEIF" not in Image.OPEN
         raise RefusedError(
@@ -198,7 +199,7 @@ def _upright_rgb(image: Image.Image, background: Color, notes: list[str]) -> Ima
 
 def color_name(color: Color) -> str:
     """ "white", "black" or "#rrggbb"."""
-    return {WHITE: "white", (0, 0, 0): "black"}.get(color, "#{:02x}{:02x}{:02x}".format(*color))
+    return {WHITE: "white", BLACK: "black"}.get(color, "#{:02x}{:02x}{:02x}".format(*color))
 
 
 def _orientation(image: Image.Image, notes: list[str]) -> int:

@@ -7,17 +7,19 @@ anything else is refused, so that two datasets never mix.
 from __future__ import annotations
 
 import filecmp
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data_tools.errors import UNSAFE, Problem, RefusedError, UsageError, shown
-from data_tools.files import storage_errors, write_atomic
+from data_tools.files import storage_errors, whole_file, write_atomic
 from data_tools.folder import METADATA, OWN, inside
+from data_tools.inspection import Progress
 from data_tools.manifest import NAME
 from data_tools.rows import Rows, plain, read_rows
 from data_tools.sources import File, Order, choose
@@ -25,6 +27,8 @@ from data_tools.sources import File, Order, choose
 MARK = f"{OWN}/import.json"
 """Says what a folder is filled from."""
 MAX_NAME_BYTES = 255
+ROWS = f"{OWN}/rows.jsonl"
+"""Rows of the pictures as they come, until all of them are known."""
 PART = ".part-import"
 """What a file is called while it is written."""
 
@@ -40,17 +44,16 @@ class Imported:
     """Files written now."""
     kept: int = 0
     """Files that an earlier, interrupted or finished import had written."""
-    rows: list[dict[str, Any]] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
 
-def import_pictures(order: Order, output: Path, progress: Callable[[int], None] | None = None) -> Imported:
+def import_pictures(order: Order, output: Path, progress: Progress | None = None) -> Imported:
     """Fill the folder `output` from a source; afterwards it scans and loads like any imagefolder.
 
     Args:
         order: what to import.
         output: a new or empty folder, or one that the same import has begun.
-        progress: called with the number of files done after each one.
+        progress: called as (files done, 0) after each one; how many there will be is not known.
 
     Raises:
         UsageError: the source is not known or cannot be followed, or the folder holds something else.
@@ -61,18 +64,28 @@ def import_pictures(order: Order, output: Path, progress: Callable[[int], None] 
     root = Path(output)
     _claim(root, order, name)
     done = Imported(name, root)
-    for item in source.read(order):
-        if isinstance(item, Problem):
-            done.problems.append(item)
-            continue
-        try:
-            _write(root, item, done)
-        except RefusedError as refusal:
-            done.problems.append(refusal.problem(item.name))
-        if progress is not None:
-            progress(done.new + done.kept)
-    _write_metadata(root, done)
+    try:
+        _fill(root, source.read(order), done, progress)
+        _write_metadata(root, done)
+    finally:
+        (root / ROWS).unlink(missing_ok=True)
     return done
+
+
+def _fill(root: Path, items: Iterable[File | Problem], done: Imported, progress: Progress | None) -> None:
+    with storage_errors(root / ROWS), open(root / ROWS, "wb") as rows:
+        for item in items:
+            if isinstance(item, Problem):
+                done.problems.append(item)
+                continue
+            try:
+                _write(root, item, done)
+                if item.columns is not None:
+                    rows.write(_line({"file_name": inside(item.name), **item.columns}))
+            except RefusedError as refusal:
+                done.problems.append(refusal.problem(item.name))
+            if progress is not None:
+                progress(done.new + done.kept, 0)
 
 
 def _claim(root: Path, order: Order, source: str) -> None:
@@ -122,28 +135,35 @@ def _write(root: Path, file: File, done: Imported) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             _copy(path, file.content)
             done.new += 1
-    if file.columns is not None:
-        done.rows.append({"file_name": name, **file.columns})
 
 
 def _write_metadata(root: Path, done: Imported) -> None:
     """Write metadata.jsonl last; rows that an earlier import wrote, and somebody may have edited, stay."""
+    before = read_rows(root, NAME) if (root / NAME).exists() else Rows(NAME)
+    done.problems += before.problems
+    there = {row.values.get("file_name") for row in before.rows}
+    kept = (row.values for row in before.rows)
+    new = (row for row in _new_rows(root, done) if row.get("file_name") not in there)
+    first = next(new, None)
+    if first is not None and not before.problems:
+        with storage_errors(root / NAME), whole_file(root / NAME) as file:
+            for row in itertools.chain(kept, [first], new):
+                file.write(_line(row))
+
+
+def _new_rows(root: Path, done: Imported) -> Iterator[dict[str, Any]]:
+    """Rows that came with the pictures, then those of the source's own metadata files."""
+    with open(root / ROWS, "rb") as rows:
+        yield from map(json.loads, rows)
     for name in METADATA:
         if (root / OWN / name).exists():
             found = read_rows(root / OWN, name)
             done.problems += found.problems
-            done.rows += [plain(row.values) for row in found.rows]
-    before = read_rows(root, NAME) if (root / NAME).exists() else Rows(NAME)
-    if before.problems:
-        done.problems += before.problems
-        return
-    there = {row.values.get("file_name") for row in before.rows}
-    new = [row for row in done.rows if row.get("file_name") not in there]
-    if new:
-        rows = [*(row.values for row in before.rows), *new]
-        lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows)
-        with storage_errors(root / NAME):
-            write_atomic(root / NAME, "".join(f"{line}\n" for line in lines).encode())
+            yield from (plain(row.values) for row in found.rows)
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    return json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
 def _same(path: Path, content: bytes | Path) -> bool:

@@ -14,8 +14,8 @@ from typing import Any
 
 from data_tools.captioners.columns import LOSS_WEIGHT, consumed
 from data_tools.captioners.metadata import parse_row
-from data_tools.errors import DataToolsError, Problem, RefusedError, grouped, shown
-from data_tools.files import read_regular, write_atomic
+from data_tools.errors import DataToolsError, Problem, RefusedError, shown, stop_for_errors
+from data_tools.files import read_regular, whole_file
 from data_tools.fingerprints import sha256
 from data_tools.folder import METADATA, Listing, list_folder
 from data_tools.images import MAX_FILE_BYTES
@@ -49,9 +49,7 @@ OURS = (
 SCAN_AGAIN = "scan the folder again with --write"
 
 
-def write(
-    folder: Path, records: Iterable[ImageRecord], columns: Mapping[str, Mapping[str, Any]] | None = None
-) -> Path:
+def write(folder: Path, records: Iterable[ImageRecord], columns: Mapping[str, Mapping[str, Any]] | None = None) -> Path:
     """Write folder/metadata.jsonl in one step: a crash leaves the old file whole.
 
     The same records give the same bytes. Columns of an older metadata.jsonl that we do not know (a licence,
@@ -73,20 +71,15 @@ def write(
     ordered = [_with_source(record, before.get(record.file_name, {})) for record in records]
     optional = _optional_columns(ordered)
     extra = columns or {}
-    lines = [
-        json.dumps(
-            _merged(_row(record, optional), foreign.get(record.file_name, {}), extra.get(record.file_name, {})),
-            ensure_ascii=False,
-            allow_nan=False,
-        )
-        for record in ordered
-    ]
     try:
-        write_atomic(root / NAME, "".join(f"{line}\n" for line in lines).encode())
+        with whole_file(root / NAME) as file:
+            for record in ordered:
+                name = record.file_name
+                row = _merged(_row(record, optional), foreign.get(name, {}), extra.get(name, {}))
+                file.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n")
     except OSError as error:
         raise DataToolsError(
-            f"{shown(str(root / NAME))} cannot be written ({error.strerror}); "
-            "free space or mend the permissions."
+            f"{shown(str(root / NAME))} cannot be written ({error.strerror}); free space or mend the permissions."
         ) from error
     return root / NAME
 
@@ -102,11 +95,8 @@ def read_columns(folder: Path) -> dict[str, dict[str, Any]]:
     if not (root / NAME).exists():
         return {}
     found = read_rows(root, NAME)
-    if found.problems:
-        raise DataToolsError(
-            f"The {NAME} that is there cannot be read, so it is not replaced; mend it or move it away:",
-            grouped(found.problems),
-        )
+    why = f"The {NAME} that is there cannot be read, so it is not replaced; mend it or move it away:"
+    stop_for_errors(why, found.problems)
     matched, _ = match_rows(found.rows, list_folder(root))
     return {name: dict(row.values) for name, row in matched.items()}
 
@@ -176,9 +166,7 @@ def read(folder: Path, *, check_bytes: bool = True) -> list[ImageRecord]:
         raise DataToolsError(f"{shown(str(folder))} has no {NAME}; {SCAN_AGAIN} to make it.")
     found = read_rows(listing.root, NAME)
     matched, unmatched = match_rows(found.rows, listing)
-    problems = (
-        [problem for problem in listing.problems if problem.severity == "error"] + found.problems + unmatched
-    )
+    problems = [*listing.problems, *found.problems, *unmatched]
     find = Finder(listing)
     records: list[ImageRecord] = []
     for name, row in matched.items():
@@ -199,23 +187,14 @@ def read(folder: Path, *, check_bytes: bool = True) -> list[ImageRecord]:
     ]
     if check_bytes:
         problems += _changed(listing, records)
-    if problems:
-        raise DataToolsError(
-            f"The manifest of {shown(str(folder))} does not fit the folder:", grouped(problems)
-        )
+    stop_for_errors(f"The manifest of {shown(str(folder))} does not fit the folder:", problems)
     return records
 
 
 def _record(name: str, row: Row, find: Finder) -> ImageRecord:
     caption = parse_row(row, find)
     values = row.values
-    for column, kind in (
-        ("width", int),
-        ("height", int),
-        ("sha256", str),
-        ("pixel_sha256", str),
-        ("phash", str),
-    ):
+    for column, kind in (("width", int), ("height", int), ("sha256", str), ("pixel_sha256", str), ("phash", str)):
         if not isinstance(values.get(column), kind):
             raise RefusedError(f"has no usable {column}", "the row was not written by a scan", SCAN_AGAIN)
     if min(values["width"], values["height"]) < 1:

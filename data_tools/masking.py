@@ -16,13 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+from data_tools.beside import Todo, plan_files
 from data_tools.errors import Problem, RefusedError
 from data_tools.files import read_regular, storage_errors, write_atomic
 from data_tools.folder import Listing
-from data_tools.images import MAX_FILE_BYTES, WHITE, decode, opacity
+from data_tools.images import MAX_FILE_BYTES, decode, opacity
 from data_tools.inspection import Progress
 from data_tools.masks import FOLDER
-from data_tools.names import stem, suffix
+from data_tools.names import with_suffix
 from data_tools.pool import death, in_workers
 from data_tools.processes import Share
 from data_tools.quality import reduced
@@ -34,17 +35,6 @@ CELL, COLUMNS = 240, 4
 Chances = NDArray[np.float32]
 """How likely each place of a picture shows what is looked for: shape (h, w) over the whole picture, 0 to 1."""
 Find = Callable[[Sequence[Image.Image]], list[Chances]]
-
-
-@dataclass
-class Todo:
-    """Which pictures get a mask, and into which files."""
-
-    files: dict[str, str] = field(default_factory=dict)
-    """Picture -> mask."""
-    kept: list[str] = field(default_factory=list)
-    """Pictures whose mask stays."""
-    problems: list[Problem] = field(default_factory=list)
 
 
 @dataclass
@@ -81,34 +71,18 @@ def plan(listing: Listing, named: Mapping[str, str], replace: bool, share: Share
         replace: whether masks that lie where we write are made again.
         share: each process takes its own pictures.
     """
-    todo = Todo()
     there = {**listing.masks, **named}
-    pictures = [name for name in listing.pictures if name not in set(there.values())]
-    first: dict[str, str] = {}
-    for name in pictures:
-        first.setdefault(stem(name), name)
-    for name in share.of(pictures):
-        target = f"{FOLDER}/{name[: len(name) - len(suffix(name))]}.png"
-        if name in there and not replace:
-            todo.kept.append(name)
-        elif there.get(name, target) != target:
-            todo.problems.append(
-                Problem(
-                    name, f"has the mask {there[name]}", f"only {target} is replaced", "remove what should not count"
-                )
-            )
-        elif first[stem(name)] != name:
-            todo.problems.append(
-                Problem(
-                    name,
-                    f"shares its mask with {first[stem(name)]}",
-                    "the two have the same name but for the ending",
-                    "rename one of them",
-                )
-            )
-        else:
-            todo.files[name] = target
-    return todo
+    masks = set(there.values())
+
+    def place(name: str) -> str | Problem:
+        target = f"{FOLDER}/{with_suffix(name, '.png')}"
+        other = there.get(name, target)
+        if other == target:
+            return target
+        return Problem(name, f"has the mask {other}", f"only {target} is replaced", "remove what should not count")
+
+    pictures = [name for name in listing.pictures if name not in masks]
+    return plan_files(pictures, share, "mask", () if replace else there, place)
 
 
 def make(listing: Listing, todo: Todo, looking: Looking, *, write: bool, progress: Progress | None = None) -> Done:
@@ -135,9 +109,7 @@ def make(listing: Listing, todo: Todo, looking: Looking, *, write: bool, progres
     return done
 
 
-def _masks(
-    root: Path, names: Sequence[str], looking: Looking
-) -> list[tuple[str, Image.Image | Problem, Image.Image]]:
+def _masks(root: Path, names: Sequence[str], looking: Looking) -> list[tuple[str, Image.Image | Problem, Image.Image]]:
     """Name, mask (L, as large as the upright picture) or why there is none, and the picture, small."""
     load = partial(_load, root, transparency=looking.find is None)
     loaded = list(in_workers(load, names, None, lambda name, code: (None, death(name, code))))
@@ -160,17 +132,25 @@ def _load(
     """The picture, small; and its transparency or its full size (width, height); or why there is neither."""
     try:
         data = read_regular(root / name, MAX_FILE_BYTES)
-        picture = decode(data, WHITE)[0]
+        picture = decode(data)[0]
         if not transparency:
             return reduced(picture, SIDE), picture.size
         mask = opacity(data)
         if mask.getextrema() == (255, 255):
-            raise RefusedError(
-                "is opaque everywhere", "nothing in it says where the loss counts", "cut the subject out, or give --of"
-            )
+            return None, _opaque(name)
         return reduced(picture, SIDE), mask
     except RefusedError as refusal:
         return None, refusal.problem(name)
+
+
+def _opaque(name: str) -> Problem:
+    return Problem(
+        name,
+        "is opaque everywhere, so it gets no mask",
+        "without one all of it counts",
+        "cut the subject out, or give --of, if only a part should",
+        "note",
+    )
 
 
 def shaped(chances: Chances, size: tuple[int, int], looking: Looking) -> Image.Image:
@@ -186,9 +166,9 @@ def shaped(chances: Chances, size: tuple[int, int], looking: Looking) -> Image.I
 def _nothing(name: str) -> Problem:
     return Problem(
         name,
-        "shows nothing of what is looked for",
-        "with an all black mask nothing of it would count",
-        "say it in other words (--of), give a lower --threshold, or draw its mask by hand",
+        "shows nothing of what is looked for, so it gets no mask",
+        "with an all black one nothing of it would count; without one all of it does",
+        "say it in other words (--of), give a lower --threshold, draw its mask by hand, or leave it out",
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from data_tools.errors import Problem
+from data_tools.errors import Problem, counted
 from data_tools.names import stem
 
 FOLDER = "masks"
@@ -58,10 +58,11 @@ def find_masks(pictures: Sequence[str]) -> Masks:
     if any(mask.startswith(f"{FOLDER}/") for mask in found.of.values()):
         found.problems += _orphans(candidates, found)
     if found.of:
+        those = counted(len(found.of), "picture has", "pictures have")
         found.problems.append(
             Problem(
                 "",
-                f"{len(found.of):,} pictures have a mask by its name ({FOLDER}/NAME or NAME{SUFFIX})",
+                f"{those} a mask by its name ({FOLDER}/NAME or NAME{SUFFIX})",
                 "a mask says where the loss counts and is not trained on itself",
                 "rename the masks if they are pictures",
                 "note",

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from data_tools.errors import DataToolsError, Problem, RefusedError, grouped
+from data_tools.errors import Problem, RefusedError, stop_for_errors
 from data_tools.files import read_regular
 from data_tools.fingerprints import sha256
 from data_tools.images import DECODER, MAX_FILE_BYTES, WHITE, Color, color_name, decode
@@ -99,8 +99,7 @@ def numbers_of(
         find([name for name in others if not known(name)])
     finally:
         memory.close()
-    if problems:
-        raise DataToolsError("These pictures cannot be measured:", grouped(problems))
+    stop_for_errors("These pictures cannot be measured:", problems)
     return [memory.known[record.sha256] for record in records]
 
 

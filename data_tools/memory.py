@@ -31,7 +31,7 @@ PROBLEM_PARTS, RECORD_PARTS = 4, 5
 """What is said of a picture: words on why it cannot be used, or size, hashes and notes."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One line: file, its marks when it was read, whether these can be trusted, digest of its bytes, outcome."""
 

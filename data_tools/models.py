@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from huggingface_hub.utils.tqdm import enable_progress_bars
 from torch import Tensor
 
-from data_tools.errors import UNSAFE, DataToolsError, UsageError, shown
+from data_tools.errors import UNSAFE, DataToolsError, UsageError, counted, shown
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 UNREADABLE = (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError)
@@ -43,15 +45,18 @@ class Source:
             DataToolsError: there are pickled weights only, exit code 8.
         """
         self.refuse_pickles()
+        # keep: the library's bars for loading would tear ours apart; those for downloads stay.
+        transformers.utils.logging.disable_progress_bar()
+        enable_progress_bars()
         # keep: bf16 has the range of fp32, so no model overflows; on CPUs it is slower than fp32.
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         model, facts = self.load(kind, use_safetensors=True, dtype=dtype, output_loading_info=True)
         gaps = sorted(set(facts["missing_keys"]) & {name for name, _ in model.named_parameters()})
         if gaps:
             raise UsageError(
-                f"{shown(self.place)} lacks {len(gaps)} weights of a {type(model).__name__}, such as {gaps[0]}; they "
-                "would be random, and so would its answers. Take a conversion for transformers itself (one that needs "
-                "no code of its own), made for this task."
+                f"{shown(self.place)} lacks {counted(len(gaps), 'weight')} of a {type(model).__name__}, such as "
+                f"{gaps[0]}; they would be random, and so would its answers. Take a conversion for transformers itself "
+                "(one that needs no code of its own), made for this task."
             )
         return model.to(device).eval().requires_grad_(False)
 

@@ -12,7 +12,12 @@ def suffix(name: str) -> str:
     return base[dot:].lower() if 0 < dot < len(base) - 1 else ""
 
 
+def with_suffix(name: str, ending: str) -> str:
+    """The name with another ending."""
+    return name[: len(name) - len(suffix(name))] + ending
+
+
 def stem(name: str) -> str:
     """The name without its ending, composed, so that companions may be spelled NFC and NFD."""
-    bare = name[: len(name) - len(suffix(name))]
+    bare = with_suffix(name, "")
     return bare if bare.isascii() else unicodedata.normalize("NFC", bare)

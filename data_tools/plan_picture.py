@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from data_tools.buckets import BucketRow, Placement, Size, plan_table
-from data_tools.errors import StorageError, shown
+from data_tools.errors import StorageError, counted, shown
 from data_tools.records import ImageRecord
 
 CELL = (300, 340)
@@ -29,14 +29,13 @@ def draw_plan(records: Sequence[ImageRecord], placements: Sequence[Placement]) -
     for placement in placements:
         members[placement.bucket].append(placement)
     columns = max(1, min(COLUMNS, len(rows)))
-    sheet = Image.new(
-        "RGB", (CELL[0] * columns + 40, 80 + CELL[1] * max(1, math.ceil(len(rows) / columns))), PAPER
-    )
+    sheet = Image.new("RGB", (CELL[0] * columns + 40, 80 + CELL[1] * max(1, math.ceil(len(rows) / columns))), PAPER)
     pen = ImageDraw.Draw(sheet)
     samples = sum(row.samples for row in rows)
-    pen.text((24, 22), f"{len(records)} pictures in {len(rows)} buckets", INK, ImageFont.load_default(TITLE))
+    title = f"{counted(len(records), 'picture')} in {counted(len(rows), 'bucket')}"
+    pen.text((24, 22), title, INK, ImageFont.load_default(TITLE))
     pen.text(
-        (24, 50), f"{samples} samples per epoch; grey is cropped away", FAINT, ImageFont.load_default(LABEL)
+        (24, 50), f"{counted(samples, 'sample')} per epoch; grey is cropped away", FAINT, ImageFont.load_default(LABEL)
     )
     longest = max((max(row.bucket) for row in rows), default=1)
     for place, row in enumerate(rows):
@@ -85,7 +84,7 @@ def _draw_bucket(
     many = f" x {row.samples / row.pictures:.3g}" if row.samples != row.pictures else ""
     lines = (
         (f"{row.bucket[1]} x {row.bucket[0]}", INK, TITLE - 3),
-        (f"{row.pictures} picture{'s' if row.pictures != 1 else ''}{many}", INK, LABEL),
+        (f"{counted(row.pictures, 'picture')}{many}", INK, LABEL),
         (f"{row.mean_lost:.1%} cropped, at most {row.max_lost:.1%}", FAINT, LABEL),
     )
     y = corner[1] + CELL[1] - 76

@@ -60,10 +60,7 @@ def death(name: str, code: int) -> Problem:
 
 
 def in_workers(
-    work: Callable[[Thing], Done],
-    things: Sequence[Thing],
-    workers: int | None,
-    died: Callable[[Thing, int], Done],
+    work: Callable[[Thing], Done], things: Sequence[Thing], workers: int | None, died: Callable[[Thing, int], Done]
 ) -> Iterator[Done]:
     """The result of every thing, in order, from worker processes.
 

@@ -52,9 +52,7 @@ def this_process(environment: Mapping[str, str] = os.environ) -> Share:
     return Share(int(rank), int(count))
 
 
-def wait_for_others(
-    waiting: Iterable[str], there: Callable[[str], bool], refresh: Callable[[], int]
-) -> None:
+def wait_for_others(waiting: Iterable[str], there: Callable[[str], bool], refresh: Callable[[], int]) -> None:
     """Return when everything is there, or when the other processes have given no news for `PATIENCE`.
 
     Args:

@@ -26,7 +26,7 @@ VERSION = "1"
 """Of the measures below; stored ones of another version are taken again."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Measures:
     """One picture in numbers."""
 

@@ -10,7 +10,7 @@ ROLES: tuple[str, ...] = get_args(Role)
 Verdict = Literal["keep", "review", "drop"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ImageRecord:
     """One picture that is ready to be trained on, with its captions and fingerprints."""
 

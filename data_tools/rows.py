@@ -29,7 +29,7 @@ MASK_COLUMNS = (MASK_COLUMN, "mask_file")
 EXAMPLE = 'write one object, such as {"file_name": "a.png", "text": "a photo"}'
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One row as it stands in the file; `place` is "metadata.jsonl line 3"."""
 
@@ -199,9 +199,7 @@ class Finder:
         """
         if written is None:
             raise RefusedError(
-                "has no file_name",
-                "nothing says which picture it describes",
-                "add it, relative to this folder",
+                "has no file_name", "nothing says which picture it describes", "add it, relative to this folder"
             )
         name = inside(written)
         if name is None:

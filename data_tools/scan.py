@@ -8,15 +8,15 @@ from pathlib import Path
 
 from data_tools.captioners import AUTO, Answer, Caption, caption_folder
 from data_tools.captioners.kohya import folder_notes, repeats
-from data_tools.errors import SEVERITIES, DataToolsError, Problem, gravest, grouped, shown
+from data_tools.errors import SEVERITIES, DataToolsError, Problem, counted, gravest, grouped, shown
 from data_tools.folder import Listing, list_folder, order
-from data_tools.images import WHITE, Color, load_image
+from data_tools.images import WHITE, Color
 from data_tools.inspection import Looking, Progress, inspect_all
 from data_tools.memory import Memory
 from data_tools.records import ImageRecord
 from data_tools.sources import advice
 
-__all__ = ["ImageRecord", "Problem", "Progress", "ScanResult", "inspect", "load_image", "scan"]
+__all__ = ["ImageRecord", "Problem", "Progress", "ScanResult", "inspect", "scan"]
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,9 @@ class ScanResult:
         """
         errors = grouped(self.of("error"))
         if errors:
-            count = len(self.of("error"))
+            count, usable = counted(len(self.of("error")), "error"), counted(len(self.records), "usable picture")
             raise DataToolsError(
-                f"{shown(str(self.folder))} is not ready: {count} error{'s' if count > 1 else ''}, "
-                f"{len(self.records)} usable pictures.",
-                errors,
-                gravest(self.problems),
+                f"{shown(str(self.folder))} is not ready: {count}, {usable}.", errors, gravest(self.problems)
             )
 
 
@@ -106,9 +103,7 @@ def scan(
     problems += _changed(answer, records)
     problems += _duplicates(records)
     used = {record.file_name for record in records} | masks | set(listing.masks.values())
-    others = tuple(
-        replace(record, repeats=repeats(name)) for name, record in seen.records.items() if name not in used
-    )
+    others = tuple(replace(record, repeats=repeats(name)) for name, record in seen.records.items() if name not in used)
     return ScanResult(listing.root, records, _sorted(problems), seen.decoded, others)
 
 
@@ -124,9 +119,7 @@ def inspect(
     listing = list_folder(folder)
     seen = inspect_all(listing, Looking(background, workers, progress, memory))
     masks = set(listing.masks.values())
-    records = [
-        replace(record, repeats=repeats(name)) for name, record in seen.records.items() if name not in masks
-    ]
+    records = [replace(record, repeats=repeats(name)) for name, record in seen.records.items() if name not in masks]
     return ScanResult(listing.root, records, _sorted([*listing.problems, *seen.problems]), seen.decoded)
 
 

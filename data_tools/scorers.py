@@ -13,12 +13,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import (
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageClassification,
-    AutoProcessor,
-)
+from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, AutoProcessor
 
 from data_tools.errors import UsageError, shown
 from data_tools.images import DECODER, WHITE, Color, color_name

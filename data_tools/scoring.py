@@ -55,9 +55,7 @@ SCORERS: Mapping[str, ScorerSpec] = MappingProxyType(
 """By name. Limits are rules of thumb: look at what a score says about your pictures before you trust it."""
 
 
-def choose_scorers(
-    names: Sequence[str], models: Mapping[str, str], labels: Mapping[str, str]
-) -> list[ScorerSpec]:
+def choose_scorers(names: Sequence[str], models: Mapping[str, str], labels: Mapping[str, str]) -> list[ScorerSpec]:
     """The scorers asked for, with other models and labels where they are given.
 
     A name that is not in `SCORERS` is a classifier of the user's own: it needs a model and a label.

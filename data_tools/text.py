@@ -66,9 +66,7 @@ def split_captions(text: str) -> tuple[str, ...]:
     """
     captions = tuple(line.strip() for line in LINE_END.split(text) if line.strip())
     for number, caption in enumerate(captions, start=1):
-        control = next(
-            (char for char in caption if char != "\t" and (char < " " or "\x7f" <= char < "\xa0")), None
-        )
+        control = next((char for char in caption if char != "\t" and (char < " " or "\x7f" <= char < "\xa0")), None)
         if control is not None:
             raise RefusedError(
                 f"caption line {number} holds the control character U+{ord(control):04X}",

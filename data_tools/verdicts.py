@@ -26,9 +26,7 @@ def parse_verdict(values: Mapping[str, Any]) -> tuple[Verdict, tuple[str, ...]]:
     verdict = WORDS.get(written) if isinstance(written, str) else None
     if verdict is None:
         raise RefusedError(
-            f"has verdict {written!r}",
-            f"verdicts are {', '.join(WORDS)}",
-            "write one of them, or leave it out (keep)",
+            f"has verdict {written!r}", f"verdicts are {', '.join(WORDS)}", "write one of them, or leave it out (keep)"
         )
     reasons = values.get(REASONS)
     return verdict, tuple(reasons.split(BETWEEN)) if isinstance(reasons, str) and reasons else ()
@@ -59,12 +57,7 @@ def parse_focus(values: Mapping[str, Any]) -> tuple[float, float] | None:
 def columns_of(record: ImageRecord) -> dict[str, Any]:
     """The manifest columns of a record's verdict and focus."""
     across, down = record.focus or (None, None)
-    return {
-        VERDICT: record.verdict,
-        REASONS: BETWEEN.join(record.verdict_reasons),
-        FOCUS_X: across,
-        FOCUS_Y: down,
-    }
+    return {VERDICT: record.verdict, REASONS: BETWEEN.join(record.verdict_reasons), FOCUS_X: across, FOCUS_Y: down}
 
 
 def without_dropped(records: Iterable[ImageRecord]) -> tuple[list[ImageRecord], list[Problem]]:

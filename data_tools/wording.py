@@ -41,7 +41,8 @@ class Wording:
         """The caption as it is to be written; an empty one stays empty but for what is added."""
         for old, new in self.rewords:
             caption = _whole(old).sub(lambda _, new=new: new, caption)  # type: ignore[misc]
-        for word in self.without:
+        # keep: the longest first, or "red" would leave the hair of "red hair".
+        for word in sorted(self.without, key=lambda phrase: len(" ".join(phrase.split())), reverse=True):
             caption = _whole(word).sub("", caption)
         if self.rewords or self.without:
             caption = _tidy(caption)

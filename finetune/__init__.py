@@ -21,15 +21,16 @@ if TYPE_CHECKING:
     from finetune.demo.twin_job import run_twin_demo
     from finetune.export.publish import push_folder
     from finetune.export.run import export_run, exported_rows
-    from finetune.export.sidecars import install_files
     from finetune.families import load_family
     from finetune.interchange.commands import extract_adapter, merge_adapters, merge_into_base, resize_adapter
     from finetune.interchange.comparing import diff_adapters
     from finetune.interchange.conversion import convert_adapter
     from finetune.interchange.inspection import inspect_file
-    from finetune.pictures import Wanted, model_of, sample, sample_again
+    from finetune.pictures import sample, sample_again
+    from finetune.sampling.again import model_again, wanted_again
     from finetune.sampling.generate import generate
     from finetune.sampling.papers import shot_of
+    from finetune.sampling.wanted import Wanted, model_of
     from finetune.training.checkpoint import checkpoint_adapter
     from finetune.training.planning import plan_run
     from finetune.training.resume import Resume
@@ -39,7 +40,7 @@ __version__ = "0.1.0"
 
 _ON_DEMAND = {
     "Resume": "finetune.training.resume",
-    "Wanted": "finetune.pictures",
+    "Wanted": "finetune.sampling.wanted",
     "build_artifact": "finetune.artifact",
     "checkpoint_adapter": "finetune.training.checkpoint",
     "convert_adapter": "finetune.interchange.conversion",
@@ -51,20 +52,21 @@ _ON_DEMAND = {
     "inspect_cache": "finetune.data.upkeep",
     "inspect_file": "finetune.interchange.inspection",
     "load_family": "finetune.families",
-    "install_files": "finetune.export.sidecars",
     "merge_adapters": "finetune.interchange.commands",
     "merge_into_base": "finetune.interchange.commands",
     "plan_run": "finetune.training.planning",
     "prune_cache": "finetune.data.upkeep",
     "push_folder": "finetune.export.publish",
     "resize_adapter": "finetune.interchange.commands",
-    "model_of": "finetune.pictures",
+    "model_again": "finetune.sampling.again",
+    "model_of": "finetune.sampling.wanted",
     "run_demo": "finetune.demo.job",
     "run_twin_demo": "finetune.demo.twin_job",
     "sample": "finetune.pictures",
     "sample_again": "finetune.pictures",
     "shot_of": "finetune.sampling.papers",
     "train": "finetune.training.trainer",
+    "wanted_again": "finetune.sampling.again",
 }
 """Public names whose modules import torch; loaded on first use, so that `finetune --help` answers at once."""
 
@@ -82,12 +84,12 @@ __all__ = [
     "generate",
     "inspect_cache",
     "inspect_file",
-    "install_files",
     "load_family",
     "load_run",
     "make_run",
     "merge_adapters",
     "merge_into_base",
+    "model_again",
     "model_of",
     "plan_run",
     "prune_cache",
@@ -99,6 +101,7 @@ __all__ = [
     "sample_again",
     "shot_of",
     "train",
+    "wanted_again",
 ]
 
 

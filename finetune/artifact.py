@@ -7,14 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from finetune.before import building
 from finetune.config import Run
-from finetune.errors import ConfigError, NumericError
+from finetune.errors import NumericError
 from finetune.export import Exported, sweep
 from finetune.export.card import Card, write_card
 from finetune.export.manifest import write_manifest
 from finetune.export.run import export_run, exported_rows, without_places
 from finetune.export.shown import BEFORE_AFTER, data_rows, samples_of, write_gallery
-from finetune.interchange.words import file_names
+from finetune.interchange.words import file_names, reader_keys
 from finetune.storage import atomic_dir, write_json
 from finetune.tracking import Reporter
 from finetune.training.trainer import TrainResult, train
@@ -66,7 +67,7 @@ def build_artifact(
         ConfigError: if `output` holds something, or validation is off so that there is nothing to judge by.
         NumericError: if the gate is not passed; the run folder stays for a look, `output` is not made.
     """
-    _check(run, output)
+    building(run, output)
     reporter = reporter or Reporter()
     if not run.validation.holdout:
         reporter.warn(
@@ -87,6 +88,7 @@ def build_artifact(
                 "larger rank may help; --max-ratio sets the gate"
             ],
         )
+    result.let_go()
     sweep(output.absolute().parent)
     with atomic_dir(output) as folder:
         exported = export_run(run.output_dir, run, folder, reporter)
@@ -94,18 +96,6 @@ def build_artifact(
         write_manifest(folder)
     final = [_moved(item, output) for item in exported]
     return Artifact(output, ratio, error, result.judged_on, final)
-
-
-def _check(run: Run, output: Path) -> None:
-    problems = []
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        problems.append(f"{output} already holds something; name a new folder, so that nothing old gets in")
-    if output.is_mount():
-        problems.append(f"{output} is a mounted folder and cannot appear as a whole; name a folder inside it")
-    if not run.validation.every:
-        problems.append("validation.every=0 leaves nothing to score by; set it to a number of steps")
-    if problems:
-        raise ConfigError("This cannot be built:", problems)
 
 
 def _papers(run: Run, result: TrainResult, exported: list[Exported], folder: Path) -> None:
@@ -133,12 +123,13 @@ def _card(
     run: Run, result: TrainResult, validation: Ratio, exported: list[Exported], gallery: list[tuple[str, str]]
 ) -> Card:
     files = {item.format: item.path.name for item in exported}
-    rate = run.adapter.learning_rate if run.adapter else None
+    adapter = result.adapter
+    encoders = reader_keys(result.family.name, [c for c in result.family.text_encoders if adapter.token_vectors(c)])
     denoiser: Any = result.components.denoiser.config
     return Card(
         title=run.export_name(),
-        base=result.adapter.header.base,
-        trigger_words=result.adapter.header.trigger_words,
+        base=adapter.header.base,
+        trigger_words=adapter.header.trigger_words,
         description=run.export.description,
         license=run.export.license,
         author=run.export.author,
@@ -147,7 +138,11 @@ def _card(
         repaints=result.family.repaints(denoiser),
         kohya_file=files.get("kohya", ""),
         diffusers_file=files.get("diffusers", ""),
-        embeddings=tuple(file_names(result.adapter.header.tokens).values()),
+        merged_folder=files.get("merged", ""),
+        single_file=files.get("single-file", ""),
+        words=file_names(adapter.header.tokens) if "embeddings" in files else {},
+        encoders=encoders,
+        words_alone=not adapter.components(),
         figures=[
             (
                 "loss over the base model's (1: as good as the base; lower is better)",
@@ -158,7 +153,7 @@ def _card(
         training=[
             ("steps", str(result.steps)),
             *result.adapters.describe(),
-            ("learning rate", f"{rate or run.optimizer.learning_rate:g}"),
+            ("learning rate", result.adapters.told_rates()),
             ("optimizer", run.optimizer.name),
             ("run", run.digest()[:12]),
         ],

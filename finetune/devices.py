@@ -1,9 +1,12 @@
-"""Where networks are while they are not needed in the step: off the accelerator."""
+"""Where networks are while they are not needed in the step: off the accelerator, or nowhere."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import ctypes
+import gc
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -20,3 +23,14 @@ def on_device(modules: Sequence[nn.Module], device: torch.device) -> Iterator[No
     finally:
         for module, home in zip(modules, before, strict=True):
             module.to(home)
+
+
+def let_go(modules: Iterable[nn.Module]) -> None:
+    """Free the weights of networks whose turn is over; their shapes and configurations stay."""
+    for module in modules:
+        nn.Module.to(module, "meta")
+    # keep: others may have shared these weights, and modules are freed by the collector alone.
+    gc.collect()
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        # keep: glibc holds on to what was freed in pieces below 32 MB, which is most of a model.
+        trim(0)

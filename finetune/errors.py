@@ -24,6 +24,10 @@ class UserError(Exception):
         """The whole message: the headline, then one indented line per problem."""
         return "\n".join([self.headline, *(f"  - {problem}" for problem in self.problems)])
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows in place of a traceback."""
+        return self.text().splitlines()
+
 
 class ConfigError(UserError):
     """The configuration or the command line asks for something that cannot be done."""
@@ -85,6 +89,13 @@ def first_few(problems: Iterable[str]) -> list[str]:
     """The first few problems, and how many more there are."""
     listed = list(problems)
     return [*listed[:LISTED], *([f"and {len(listed) - LISTED} more."] if len(listed) > LISTED else [])]
+
+
+def check_choice(value: str, known: Iterable[str], what: str) -> None:
+    """Refuse a name that is not among the known ones, with the nearest."""
+    known = tuple(known)
+    if value not in known:
+        raise ConfigError(f"The {what} {value!r} is not known{nearest(value, known)}; choose from {', '.join(known)}.")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

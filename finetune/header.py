@@ -11,14 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import mmap
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -135,15 +134,23 @@ def read_header(path: Path) -> Header:
 
 @dataclass(frozen=True)
 class Tensors:
-    """An open file: tensors come as numpy arrays, straight from the disk's cache."""
+    """An open file: tensors come as numpy arrays, each read when it is asked for and held by nobody but the caller."""
 
     header: Header
-    data: memoryview
+    stream: BinaryIO
 
-    def raw(self, name: str) -> memoryview:
-        """The bytes of a tensor as they stand in the file."""
+    def raw(self, name: str) -> bytes:
+        """The bytes of a tensor as they stand in the file.
+
+        Raises:
+            CheckpointError: if the file has become shorter since its header was read.
+        """
         entry = self.header.tensors[name]
-        return self.data[self.header.offset + entry.start : self.header.offset + entry.stop]
+        self.stream.seek(self.header.offset + entry.start)
+        found = self.stream.read(entry.size)
+        if len(found) != entry.size:
+            raise CheckpointError(f"{self.header.path} was cut off while it was being read; fetch it again.")
+        return found
 
     def array(self, name: str) -> NDArray[Any]:
         """A tensor; bf16 and fp8 come as fp32, which holds all their values.
@@ -168,17 +175,10 @@ class Tensors:
 
 @contextmanager
 def open_tensors(header: Header) -> Iterator[Tensors]:
-    """Map a file into memory; nothing is read before it is asked for."""
-    with open(header.path, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        view = memoryview(mapped)
-        try:
-            yield Tensors(header, view)
-        finally:
-            try:
-                view.release()
-            except BufferError:
-                # keep: an array that the caller still holds keeps the file mapped until it goes.
-                view = memoryview(b"")
+    """Open a file; nothing is read before it is asked for."""
+    # keep: read, not mapped: pages of a mapped file count as ours until it is closed, and a shrinking one kills us.
+    with open(header.path, "rb") as stream:
+        yield Tensors(header, stream)
 
 
 def hash_bytes(header: Header) -> tuple[str, str]:
@@ -204,7 +204,7 @@ def _length_problem(start: bytes, length: int, size: int) -> str:
         return f"it has {size} bytes, and eight for the header's length are the least."
     if start[:2] == b"PK" or start[:1] == b"\x80":
         return "it begins like a zip archive or a pickle; only safetensors are read."
-    if start.startswith((b"version ", b"<!DOCT", b"<html", b"{")):
+    if start.isascii() and start.decode().replace("\n", " ").replace("\t", " ").isprintable():
         return "it is a text, perhaps a pointer of git-lfs or a web page; fetch the real file."
     return f"its header is said to be {length:,} bytes long, but the file has {size:,} (at most {LARGEST_HEADER:,})."
 

@@ -3,32 +3,38 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
+import torch
 from PIL import Image
+from torch import nn
 
+from data_tools.errors import counted
+from finetune.adapters import AdapterFile
 from finetune.config import ModelConfig
 from finetune.devices import on_device
 from finetune.errors import ConfigError, DataError
 from finetune.families import Components
+from finetune.families.holding import hold
 from finetune.prompt_lines import parse_prompt
-from finetune.run_files import load_run
+from finetune.sampling.again import NETWORKS, OF_MODEL, SAME
 from finetune.sampling.apply import adapter_applied
 from finetune.sampling.generate import generate
 from finetune.sampling.grid import Row, contact_sheet, seeds_label
 from finetune.sampling.guides import Guides
-from finetune.sampling.merging import adapter_digest
-from finetune.sampling.papers import Shot, same_picture, save
-from finetune.sampling.wanted import ROLES, Wanted
-from finetune.storage import disk_errors, sha256_file
-from finetune.studio import Studio, adapter_path, open_studio
+from finetune.sampling.papers import Shot, UsedAdapter, same_picture, save
+from finetune.sampling.wanted import Wanted, check
+from finetune.storage import disk_errors
+from finetune.studio import Studio, open_studio
 from finetune.tracking import Reporter
+
+ROOM = 2 * 2**30
+"""Bytes for what is computed while a picture of a megapixel is drawn, roughly."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +43,6 @@ class _Job:
     path: Path
     row: int
     column: int
-
-
-NONE: Mapping[str, str] = MappingProxyType({})
 
 
 def sample(model: ModelConfig, wanted: Wanted, output: Path, reporter: Reporter | None = None) -> list[Path]:
@@ -52,8 +55,7 @@ def sample(model: ModelConfig, wanted: Wanted, output: Path, reporter: Reporter 
         UserError: naming everything that is wrong with the request at once.
     """
     reporter = reporter or Reporter()
-    if problems := [*wanted.problems(), *_place_problems(output)]:
-        raise ConfigError("No picture can be made:", problems)
+    check(model, wanted, output)
     studio = open_studio(model, wanted, reporter)
     jobs = _jobs(studio, model, wanted, output)
     missing = [job for job in jobs if not same_picture(job.path, job.shot)]
@@ -63,124 +65,73 @@ def sample(model: ModelConfig, wanted: Wanted, output: Path, reporter: Reporter 
         if missing:
             _make(studio, wanted, missing, reporter)
         if len(jobs) > 1:
-            _sheet(jobs, wanted, output / "sheet.png")
+            _sheet(studio, jobs, wanted, output / "sheet.png")
     return [job.path for job in jobs]
 
 
 def sample_again(
-    shot: Shot, model: ModelConfig, adapters: Sequence[Path], pictures: dict[str, Path], output: Path,
-    reporter: Reporter | None = None, networks: Mapping[str, str] = NONE, merged: tuple[str, ...] = (),
-) -> Path:  # fmt: skip
+    shot: Shot, model: ModelConfig, wanted: Wanted, output: Path, reporter: Reporter | None = None
+) -> Path:
     """Make a picture again from its papers.
 
     Args:
-        model: the base; its weights must have the digest that the papers name.
-        adapters: the files, in the papers' order; compared by their bytes.
-        networks: "controlnet" and "refiner" -> where they lie; compared by their weights.
-        merged: adapters merged into the base first; see `Wanted`.
-        pictures: role -> the picture that was given then; compared by its bytes.
+        model: the base, see `again.model_again`; its weights must have the digest that the papers name.
+        wanted: see `again.wanted_again`; its networks must have the weights that the papers name.
 
     Raises:
-        ConfigError: naming everything that differs from the papers.
+        ConfigError: if something is not what the papers name.
     """
     reporter = reporter or Reporter()
-    problems = _place_problems(output)
-    if len(adapters) != len(shot.adapters):
-        names = ", ".join(used.name for used in shot.adapters) or "none"
-        problems.append(
-            f"{len(adapters)} adapters are given, the picture was made with {len(shot.adapters)}: {names}; name them "
-            "in this order with --adapter FILE, or a run's own with --run FOLDER."
-        )
-    for path, used in zip(adapters, shot.adapters, strict=False):
-        if adapter_digest(adapter_path(path)) != used.sha256:
-            problems.append(f"{path} is not the {used.name} it was made with: its bytes have another SHA-256.")
-    for role in ROLES:
-        given = pictures.get(role)
-        if (given is None) != (role not in shot.pictures):
-            problems.append(f"--{role} {'is missing' if given is None else 'was not given then'}.")
-        elif given is not None and sha256_file(given) != shot.pictures[role]:
-            problems.append(f"{given} is not the {role} it was made with: its bytes have another SHA-256.")
-    if problems:
-        raise ConfigError("The picture cannot be made again:", problems)
-    strengths = [used.strength for used in shot.adapters]
-    wanted = Wanted(
-        (shot.prompt,), shot.negative_prompt, shot.seed, 1, shot.steps, shot.guidance_scale, shot.width, shot.height,
-        shot.scheduler, merge_first=merged, adapters=tuple(zip(adapters, strengths, strict=True)),
-        strength=shot.strength, controlnet=networks.get("controlnet"), upscale=shot.upscale,
-        control_scale=shot.control_scale, control_from=shot.control_from,
-        refiner=(networks.get("refiner", shot.refiner), shot.refiner_start or 0) if shot.refiner else None,
-        upscale_strength=shot.upscale_strength or 0.5, image=pictures.get("image"), mask=pictures.get("mask"),
-        control=pictures.get("control"),
-    )  # fmt: skip
-    chosen = ("dtype", "clip_skip", "prompt_chunks", "prediction", "zero_terminal_snr", "t5_tokens")
-    model = model.model_copy(update={name: getattr(shot, name) for name in chosen})
+    check(model, wanted, output)
+    path = output / f"{_slug(shot)}.png"
+    if path.exists():
+        raise ConfigError(f"{path} is there already and is not overwritten; name another folder with --output.")
     studio = open_studio(model, wanted, reporter)
-    for part in ("controlnet", "refiner"):
+    for part in NETWORKS:
         if studio.digests.get(part) != shot.pictures.get(part):
-            raise ConfigError(f"The {part} is not the one it was made with; name the right one with --{part}.")
+            name = part.replace("_", "-")
+            raise ConfigError(f"The {name} is not the one it was made with; name the right one with --{name}.")
     if studio.components.digest != shot.base_digest:
         raise ConfigError(
             f"The base {model.base} is not the one it was made with ({shot.base}): its weights have another digest. "
             "Name the right one with --base."
         )
-    job = replace(_jobs(studio, model, wanted, output)[0], shot=shot)
-    job = replace(job, path=output / f"{_slug(shot)}.png")
-    if job.path.exists():
-        raise ConfigError(f"{job.path} is there already and is not overwritten; name another folder with --output.")
     with disk_errors(output):
         output.mkdir(parents=True, exist_ok=True)
-        _make(studio, wanted, [job], reporter)
-    return job.path
-
-
-def _place_problems(output: Path) -> list[str]:
-    there = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
-    return [] if there.is_dir() else [f"{there} is a file, so {output} can be no folder; name another with --output."]
-
-
-def model_of(base: str, run: Path | None) -> tuple[ModelConfig, list[Path], tuple[str, ...]]:
-    """The base to draw with, the run's own adapter, and what was merged into the base before it was trained."""
-    if run is None:
-        return ModelConfig(base=base or "demo"), [], ()
-    trained = load_run(run)
-    model = trained.model.model_copy(update={"base": base}) if base else trained.model
-    return model, [run], tuple(trained.adapter.merge_first) if trained.adapter else ()
+        _make(studio, wanted, [_Job(shot, path, 0, 0)], reporter)
+    return path
 
 
 def _jobs(studio: Studio, model: ModelConfig, wanted: Wanted, output: Path) -> list[_Job]:
-    family, components = studio.family, studio.components
-    side = family.native_resolution(components)
-    usual: dict[str, Any] = {
-        "negative_prompt": wanted.negative_prompt, "seed": wanted.seed, "steps": wanted.steps,
-        "guidance_scale": family.usual_guidance if wanted.guidance_scale is None else wanted.guidance_scale,
-        "width": wanted.width or side, "height": wanted.height or side,
-    }  # fmt: skip
-    steered = studio.guides.image is not None
+    usual = _settings(studio, model, wanted)
     jobs = []
     for level, factor in enumerate(wanted.strengths):
-        used = tuple(
-            mark.model_copy(update={"strength": mark.strength * factor}) for _, mark in studio.adapters
-        )
+        used = tuple(mark.model_copy(update={"strength": mark.strength * factor}) for _, mark in studio.adapters)
         for column, line in enumerate(wanted.prompts):
             prompt, own_settings = parse_prompt(line)
             settings = usual | own_settings
             first = settings.pop("seed")
             for number in range(wanted.count):
-                shot = Shot(
-                    prompt=prompt, seed=first + number, **settings, scheduler=wanted.scheduler, base=components.source,
-                    base_digest=components.digest, dtype=studio.dtype, clip_skip=model.clip_skip,
-                    prediction=model.prediction, zero_terminal_snr=model.zero_terminal_snr, t5_tokens=model.t5_tokens,
-                    prompt_chunks=model.prompt_chunks, adapters=used, pictures=studio.digests,
-                    strength=studio.guides.strength if steered else None,
-                    control_scale=studio.guides.control_scale if wanted.controlnet else None,
-                    control_from=wanted.control_from, upscale=wanted.upscale,
-                    refiner=studio.refiner.components.source if studio.refiner else None,
-                    refiner_start=studio.refiner.start if studio.refiner else None,
-                    upscale_strength=wanted.upscale_strength if wanted.upscale else None,
-                )  # fmt: skip
+                shot = Shot(prompt=prompt, seed=first + number, adapters=used, **settings)
                 path = output / f"{_slug(shot)}.png"
                 jobs.append(_Job(shot, path, level * wanted.count + number, column))
     return jobs
+
+
+def _settings(studio: Studio, model: ModelConfig, wanted: Wanted) -> dict[str, Any]:
+    """All that a picture's papers say but prompt and adapters, with what was left to the base filled in."""
+    family, components, guides, refiner = studio.family, studio.components, studio.guides, studio.refiner
+    side = family.native_resolution(components)
+    usual = {"guidance_scale": family.usual_guidance, "width": side, "height": side}
+    said = {name: getattr(wanted, name) for name in SAME} | {name: getattr(model, name) for name in OF_MODEL}
+    return said | {name: value for name, value in usual.items() if said[name] is None} | {
+        "base": components.source, "base_digest": components.digest, "dtype": studio.dtype, "pictures": studio.digests,
+        "strength": guides.strength if guides.image is not None else None,
+        "control_scale": guides.control_scale if wanted.controlnet else None,
+        "upscale_strength": wanted.upscale_strength if wanted.upscale else None,
+        "refiner": refiner.components.source if refiner else None,
+        "refiner_start": refiner.start if refiner else None,
+    }  # fmt: skip
 
 
 def _slug(shot: Shot) -> str:
@@ -193,10 +144,10 @@ def _tell(
 ) -> None:
     shots = [job.shot for job in jobs]
     sizes = dict.fromkeys(f"{shot.width} x {shot.height}" for shot in shots)
-    looks = dict.fromkeys(f"{shot.steps} steps, guidance {shot.guidance_scale:g}" for shot in shots)
+    looks = dict.fromkeys(f"{counted(shot.steps, 'step')}, guidance {shot.guidance_scale:g}" for shot in shots)
     rows = [
         ("Base model", f"{studio.components.source} ({studio.family.name}), {studio.dtype} on {studio.device.type}"),
-        *(("Adapter", f"{used.name} at {used.strength:g}") for _, used in studio.adapters),
+        *(("Adapter", _strength_of(file, used)) for file, used in studio.adapters),
         *(
             (("Refiner", f"{shots[0].refiner} draws the last {1 - studio.refiner.start:.0%} of the schedule"),)
             if studio.refiner
@@ -210,6 +161,14 @@ def _tell(
     reporter.table("Plan", rows)
 
 
+def _strength_of(file: AdapterFile, used: UsedAdapter) -> str:
+    """How strongly an adapter is applied, in words; a learned word means all it learned or is not there."""
+    words = ", ".join(file.header.tokens)
+    if words and not file.components():
+        return f"{used.name} teaches {words}, which has no strength"
+    return f"{used.name} at {used.strength:g}" + (f"; its {words} always in full" if words else "")
+
+
 def _make(studio: Studio, wanted: Wanted, jobs: list[_Job], reporter: Reporter) -> None:
     """Render in batches of shots that differ in prompt and seed only, and save each picture as it comes."""
     bases = [studio.components, *([studio.refiner.components] if studio.refiner is not None else [])]
@@ -220,9 +179,10 @@ def _make(studio: Studio, wanted: Wanted, jobs: list[_Job], reporter: Reporter) 
     done = 0
     with ExitStack() as stack:
         advance = stack.enter_context(reporter.progress("Drawing", len(jobs)))
-        stack.enter_context(on_device(networks, studio.device))
         if wanted.low_memory:
-            _save_memory(studio.components)
+            free = torch.cuda.mem_get_info(studio.device)[0] if studio.device.type == "cuda" else None
+            save_memory(bases, networks, free, reporter)
+        stack.enter_context(on_device(networks, studio.device))
         for used, group in groupby(jobs, key=lambda job: job.shot.adapters):
             with ExitStack() as attached:
                 for (file, _), mark in zip(studio.adapters, used, strict=True):
@@ -255,27 +215,47 @@ def _draw(studio: Studio, wanted: Wanted, batch: list[_Job]) -> list[Image.Image
     )  # fmt: skip
     if shot.upscale is None:
         return images
-    assert wanted.upscale_strength is not None, "has a default"
     multiple = studio.family.bucket_multiple if shot.width > studio.family.bucket_multiple * 4 else 8
     height, width = (round(side * shot.upscale / multiple) * multiple for side in (shot.height, shot.width))
-    second = Guides(image=images[0], strength=shot.upscale_strength or wanted.upscale_strength)
+    assert shot.upscale_strength is not None, "goes with upscale"
+    second = Guides(image=images[0], strength=shot.upscale_strength)
     return generate(studio.family, studio.components, prompts, height=height, width=width, guides=second, **common)
 
 
-def _save_memory(components: Components) -> None:
-    vae: Any = components.vae
-    vae.enable_slicing()
-    vae.enable_tiling()
+def save_memory(
+    bases: Sequence[Components], networks: Sequence[nn.Module], free: int | None, reporter: Reporter
+) -> None:
+    """Decode in slices and tiles; denoisers that do not fit beside the rest only visit the device, layer by layer.
+
+    Args:
+        networks: all that will lie on the device.
+        free: bytes there; None where networks compute in main memory anyway.
+    """
+    for base in bases:
+        vae: Any = base.vae
+        vae.enable_slicing()
+        vae.enable_tiling()
+    needed = sum(parameter.nbytes for network in networks for parameter in network.parameters())
+    if free is None or needed + ROOM <= free:
+        return
+    for base in bases:
+        hold(base.denoiser, "host", next(base.denoiser.parameters()).dtype)
+    reporter.note(
+        f"{needed / 2**30:.1f} GiB of weights do not fit beside {ROOM / 2**30:.0f} GiB for the drawing into the "
+        f"{free / 2**30:.1f} GiB that are free; the denoiser stays in main memory and visits layer by layer, which is "
+        "slower."
+    )
 
 
-def _sheet(jobs: list[_Job], wanted: Wanted, path: Path) -> None:
+def _sheet(studio: Studio, jobs: list[_Job], wanted: Wanted, path: Path) -> None:
+    in_full = ", words in full" if any(file.header.tokens for file, _ in studio.adapters) else ""
     cells: dict[int, list[_Job]] = {}
     for job in jobs:
         cells.setdefault(job.row, []).append(job)
     rows = []
     for row, shown in sorted(cells.items()):
         factor = wanted.strengths[row // wanted.count]
-        note = f"adapters x {factor:g}" if len(wanted.strengths) > 1 else ""
+        note = f"adapters x {factor:g}{in_full}" if len(wanted.strengths) > 1 else ""
         rows.append(Row(seeds_label(job.shot.seed for job in shown), [_opened(job.path) for job in shown], note))
     contact_sheet(rows, columns=list(wanted.prompts)).save(path)
 
@@ -288,4 +268,4 @@ def _opened(path: Path) -> Image.Image:
         raise DataError(f"{path} cannot be read for the sheet: {error}.") from None
 
 
-__all__ = ["Wanted", "model_of", "sample", "sample_again"]
+__all__ = ["sample", "sample_again"]

@@ -31,6 +31,15 @@ OPTIONS: dict[str, tuple[str, Callable[[str], Any], str]] = {
 """Letter -> (setting, how its value is read, what it must be), as in the sample prompt files of kohya's sd-scripts."""
 
 
+UNREAD = {
+    r"\bBREAK\b": "BREAK, A1111's sign for a new chunk of tokens, which is not read here; write a comma instead",
+    r"<(?:lora|lyco|hypernet):[^>]*>": "an adapter in A1111's way; leave it out and name the file: --adapter FILE@0.8",
+    r"\[[^\[\]]*:[^\[\]]*:\s*[\d.]+\s*\]": "a change of prompt in mid-drawing in A1111's way, which is not read here; "
+    "put a backslash before its brackets to mean them plainly",
+}
+"""What other programs read in prompts and would be drawn as words here -> what to do about it."""
+
+
 def parse_prompt(text: str) -> tuple[str, dict[str, Any]]:
     """The prompt, and the settings behind it under the names of `generate`'s arguments, and seed, of the first picture.
 
@@ -40,6 +49,7 @@ def parse_prompt(text: str) -> tuple[str, dict[str, Any]]:
     prompt, *settings = re.split(r"(?:^|\s+)--(?=[A-Za-z])", text.strip())
     found: dict[str, Any] = {}
     problems = [] if prompt else [f"{text.strip()!r} has no prompt before its settings."]
+    problems += [f"{text.strip()!r} has {why}." for mark, why in UNREAD.items() if re.search(mark, prompt)]
     for setting in settings:
         letter, _, value = setting.partition(" ")
         if letter not in OPTIONS:

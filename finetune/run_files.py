@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 import traceback
@@ -14,30 +15,40 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from finetune.config import Run, flatten
-from finetune.errors import ConfigError, UserError, nearest
+from finetune.errors import CheckpointError, ConfigError, UserError, nearest
 
 Model = TypeVar("Model", bound=BaseModel)
 
+RUN_FILE = "run.json"
+"""The resolved run, in its folder."""
+ADAPTER_FILE = "adapter.safetensors"
+"""The finished adapter, beside it."""
+
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 numbers (1e-4 is a float) and no duplicate keys; PyYAML alone reads 1e-4 as text."""
+    """YAML 1.2's numbers and truth, no duplicate keys; PyYAML alone reads 1e-4 as text, 10:30 as 630, off as false."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$"),
-    list("-+0123456789."),
-)
-# keep: the first matching resolver wins, so integers must stay in front of the wider float pattern.
-for _first, _resolvers in _Loader.yaml_implicit_resolvers.items():
-    _resolvers.sort(key=lambda pair: pair[0] != "tag:yaml.org,2002:int")
+SCALARS = {
+    "tag:yaml.org,2002:bool": r"^(true|True|TRUE|false|False|FALSE)$",
+    # keep: the first matching pattern wins, so whole numbers stand in front of the wider pattern.
+    "tag:yaml.org,2002:int": r"^[-+]?(0|[1-9]\d*)$",
+    "tag:yaml.org,2002:float": r"^([-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$",
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in pairs if tag not in {*SCALARS, "tag:yaml.org,2002:timestamp"}]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _pattern in SCALARS.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(_pattern), list("-+0123456789.tTfF"))
 
 
 def _unique_mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-    keys = [loader.construct_object(key, deep=deep) for key, _ in node.value]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+    own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+    keys = [loader.construct_object(key, deep=deep) for key in own]
+    for place, key in zip(own, keys, strict=True):
+        if keys.index(key) != own.index(place):
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", place.start_mark)
     return dict(yaml.SafeLoader.construct_mapping(loader, node, deep=True))
 
 
@@ -89,6 +100,33 @@ def load_run(source: str | Path, overrides: Sequence[str] = (), values: Mapping[
     return _changed(*_read(Path(source)), overrides, values)
 
 
+def load_run_folder(folder: Path) -> Run:
+    """The run that was started in a folder.
+
+    Raises:
+        ConfigError: if `folder` is none of a run, with the nearest that is.
+    """
+    if not folder.is_dir():
+        there = [str(file.parent) for place in {folder.parent, Path("runs")} for file in place.glob(f"*/{RUN_FILE}")]
+        hint = nearest(str(folder), there) or "; name the output_dir of a run"
+        raise ConfigError(f"There is no run folder at {folder}{hint}.")
+    return load_run(folder)
+
+
+def finished_adapter(folder: Path) -> Path:
+    """The adapter that the run in a folder finished.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    path = folder / ADAPTER_FILE
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} holds no {ADAPTER_FILE}: its run is not finished; go on with `finetune train {folder}`."
+        )
+    return path
+
+
 def change_run(run: Run, overrides: Sequence[str]) -> Run:
     """The run with `section.field=value` overrides applied.
 
@@ -133,13 +171,14 @@ def _read(source: Path) -> tuple[dict[str, Any], str]:
     builtin = recipe_names()
     if not source.exists() and str(source) in builtin:
         source = builtin[str(source)]
-    if source.is_dir() and (source / "run.json").is_file():
+    if source.is_dir() and (source / RUN_FILE).is_file():
         # keep: a run folder may have been moved since; the one that was named is meant.
-        return read_document(source / "run.json") | {"output_dir": str(source)}, str(source)
+        return read_document(source / RUN_FILE) | {"output_dir": str(source)}, str(source)
     if source.is_dir():
-        raise ConfigError(f"{source} is a folder without run.json, so no run was started there.")
+        raise ConfigError(f"{source} is a folder without {RUN_FILE}, so no run was started there.")
     if not source.is_file():
-        hint = nearest(str(source), builtin) or f"; built-in recipes are {', '.join(builtin) or 'none'}"
+        begin = f"; `finetune init sd15-lora > {source}` would make one to start from" if source.suffix else ""
+        hint = nearest(str(source), builtin) or begin or f"; built-in recipes are {', '.join(builtin) or 'none'}"
         raise ConfigError(f"There is no recipe or run at {source}{hint}.")
     if source.suffix == ".py":
         return dump_run(_recipe_value(source)), source.name
@@ -224,13 +263,57 @@ def _explain(error: ValidationError) -> Iterator[str]:
         kind = item["type"]
         if kind == "extra_forbidden":
             yield f"{place}: there is no such field{_suggestion(item['loc'])}"
+        elif kind == "missing" and isinstance(item["loc"][-1], int):
+            yield f"{place.rpartition('.')[0]} has too few values: number {item['loc'][-1] + 1} is missing"
         elif kind == "missing":
             yield f"{place} is missing: {_meaning(item['loc'])}"
         elif kind == "value_error" and not place:
             yield from str(item["ctx"]["error"]).splitlines()
         else:
-            message = item["msg"].removeprefix("Value error, ")
-            yield f"{place}={item['input']!r}: {message[0].lower()}{message[1:]}"
+            yield f"{place}={_shown(item['input'])}: {_wish(item)}"
+
+
+WISHES = {
+    "int": "must be a whole number",
+    "float": "must be a number",
+    "bool": "must be true or false",
+    "string": "must be a text; put it in quotes",
+    "path": "must be a path",
+    "tuple": "must be a list: [first, second]",
+    "list": "must be a list: [first, second]",
+    "dict": "must be a mapping: {{name: value}}",
+    "greater_than_equal": "must be at least {ge}",
+    "greater_than": "must be above {gt}",
+    "less_than_equal": "must be at most {le}",
+    "less_than": "must be below {lt}",
+    "too_short": "must hold at least {min_length}",
+    "too_long": "must hold at most {max_length}",
+    "string_too_long": "must have at most {max_length} characters",
+    "string_pattern_mismatch": "must look like {pattern}",
+}
+"""What pydantic found wrong, by its name or the part of it before _type, _parsing or _from -> what would be right."""
+
+
+def _wish(item: Any) -> str:
+    """What would be right in place of what pydantic refused."""
+    kind, context = item["type"], item.get("ctx", {})
+    if kind == "literal_error":
+        known = re.findall(r"'([^']*)'", context["expected"])
+        return f"is not known{nearest(str(item['input']), known)}; choose one of {', '.join(known)}"
+    if kind in ("model_type", "model_attributes_type"):
+        section = _walk((*item["loc"], ""))
+        fields = ", ".join(list(section.model_fields)[:3]) if section else ""
+        return f"is a section; set its fields one by one ({fields}, ...)"
+    words = WISHES.get(kind) or WISHES.get(re.sub(r"_(type|parsing|from).*", "", kind))
+    if words is not None:
+        return words.format(**context)
+    message = str(item["msg"]).removeprefix("Value error, ")
+    return f"{message[0].lower()}{message[1:]}"
+
+
+def _shown(value: Any) -> str:
+    """A value as the user would write it."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
 
 
 def fields_of(model: type[BaseModel]) -> dict[str, type[BaseModel] | None]:

@@ -20,25 +20,26 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from finetune.errors import CheckpointError, StorageError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.int64: "I64",
-    torch.float32: "F32",
-    torch.int32: "I32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int16: "I16",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.bool: "BOOL",
+    "float64": "F64",
+    "int64": "I64",
+    "float32": "F32",
+    "int32": "I32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int16": "I16",
+    "uint8": "U8",
+    "int8": "I8",
+    "bool": "BOOL",
 }
 """torch number format -> its name in a safetensors header."""
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR}
@@ -98,7 +99,7 @@ def safetensors_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str
         tensor = tensors[name]
         span = [position, position + tensor.nbytes]
         entries[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
+            "dtype": dtype_name(tensor),
             "shape": list(tensor.shape),
             "data_offsets": span,
         }
@@ -111,12 +112,19 @@ def safetensors_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str
 def tensor_order(tensors: Mapping[str, Tensor]) -> list[str]:
     """Names in the order of the file: widest numbers first, so that every tensor is aligned, then by name."""
     return sorted(
-        tensors, key=lambda name: (-tensors[name].element_size(), DTYPE_NAMES[tensors[name].dtype], name)
+        tensors, key=lambda name: (-tensors[name].element_size(), dtype_name(tensors[name]), name)
     )
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """Its number format as a safetensors header names it."""
+    return DTYPE_NAMES[str(tensor.dtype).removeprefix("torch.")]
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor as they stand in a file: row-major, little-endian."""
+    import torch  # noqa: PLC0415 - who has a tensor has it already; who reads a run's documents shall not wait
+
     assert sys.byteorder == "little", "safetensors files are little-endian"
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy())

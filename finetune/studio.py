@@ -11,17 +11,18 @@ import torch
 from PIL import Image
 from torch import nn
 
+from data_tools.errors import counted
 from finetune.adapters import AdapterFile
-from finetune.adapters.files import ADAPTER_FILE
 from finetune.config import ModelConfig, has_word
 from finetune.errors import ConfigError
-from finetune.families import Components, ModelFamily, load_model
-from finetune.families.folders import names_folder
-from finetune.sampling.guides import STRENGTH, Guides
-from finetune.sampling.merging import adapter_digest, merge_first, read_adapter
-from finetune.sampling.papers import UsedAdapter
+from finetune.families import Components, ModelFamily, denoiser_config, load_model
+from finetune.families.places import names_folder
+from finetune.sampling.depth import USUAL, depth_map
+from finetune.sampling.guides import Guides, controlnet_problems
+from finetune.sampling.merging import merge_first, read_adapter
+from finetune.sampling.papers import UsedAdapter, adapter_digest, adapter_path
 from finetune.sampling.stages import Refiner
-from finetune.sampling.wanted import ROLES, Wanted
+from finetune.sampling.wanted import DEPTH, ROLES, STRENGTH, Wanted
 from finetune.storage import sha256_file, tensor_bytes
 from finetune.tracking import Reporter
 from finetune.training.build import DTYPES, auto_dtype
@@ -48,9 +49,8 @@ def open_studio(model: ModelConfig, wanted: Wanted, reporter: Reporter) -> Studi
         UserError: for pictures, adapters, bases and ControlNets that cannot be read or do not fit.
     """
     pictures, problems = _pictures(wanted)
-    network = wanted.controlnet
-    if network and "/" not in network and not Path(network).is_dir():
-        problems.append(f"--controlnet {network} is neither a folder here nor a hub id, which has the form owner/name.")
+    if wanted.controlnet is not None:
+        problems += _controlnet_problems(wanted.controlnet, model)
     adapters = []
     names = names_folder(model.base)
     for path, strength in wanted.adapters:
@@ -59,6 +59,11 @@ def open_studio(model: ModelConfig, wanted: Wanted, reporter: Reporter) -> Studi
         adapters.append((read_adapter(file, names), used))
     if problems:
         raise ConfigError("No picture can be made:", problems)
+    digests = {role: sha256_file(path) for role in ROLES if (path := getattr(wanted, role)) is not None}
+    if wanted.control_from == DEPTH:
+        with reporter.progress("Estimating depth", 1) as advance:
+            pictures["control"], digests["depth_model"] = depth_map(pictures["control"], wanted.depth_model or USUAL)
+            advance(1, "")
     dtype = auto_dtype() if model.dtype == "auto" else model.dtype
     with reporter.progress("Loading the base model", 1) as advance:
         # keep: packed weights are for training; adapters are applied to whole ones.
@@ -69,11 +74,11 @@ def open_studio(model: ModelConfig, wanted: Wanted, reporter: Reporter) -> Studi
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     strength = STRENGTH if wanted.strength is None else wanted.strength
     guides = Guides(
-        pictures.get("image"), strength, pictures.get("mask"), pictures.get("control"), wanted.control_from,
+        pictures.get("image"), strength, pictures.get("mask"), pictures.get("control"),
+        None if wanted.control_from == DEPTH else wanted.control_from,
         _controlnet(wanted.controlnet, DTYPES[dtype]) if wanted.controlnet else None,
         1.0 if wanted.control_scale is None else wanted.control_scale,
     )  # fmt: skip
-    digests = {role: sha256_file(path) for role in ROLES if (path := getattr(wanted, role)) is not None}
     if guides.controlnet is not None:
         digests["controlnet"] = _weights_digest(guides.controlnet)
     if refiner is not None:
@@ -107,30 +112,31 @@ def _pictures(wanted: Wanted) -> tuple[dict[str, Image.Image], list[str]]:
     return found, problems
 
 
-def adapter_path(path: Path) -> Path:
-    """The file or PEFT folder that holds an adapter's weights, of a run folder its finished one.
-
-    Raises:
-        ConfigError: if there is none.
-    """
-    if path.is_dir() and (path / ADAPTER_FILE).is_file():
-        return path / ADAPTER_FILE
-    if path.is_dir() and (path / "run.json").is_file():
-        raise ConfigError(f"{path} holds a run without a finished adapter; `finetune train {path}` finishes it.")
-    if not path.exists():
-        raise ConfigError(f"--adapter {path} does not exist; name a .safetensors file, a PEFT folder or a run folder.")
-    return path
+def _controlnet_problems(name: str, model: ModelConfig) -> list[str]:
+    """What its configuration and the base's say, before any weight of either is read."""
+    if "/" not in name and not Path(name).is_dir():
+        return [f"--controlnet {name} is neither a folder here nor a hub id, which has the form owner/name."]
+    try:
+        own = diffusers.ControlNetModel.load_config(name)
+    except (OSError, ValueError) as error:
+        return [_unloaded(name, error)]
+    base = denoiser_config(model)
+    return [] if base is None else [f"--controlnet {name}: {problem}" for problem in controlnet_problems(own, base)]
 
 
 def _controlnet(name: str, dtype: torch.dtype) -> nn.Module:
     try:
         loaded: nn.Module = diffusers.AutoModel.from_pretrained(name, torch_dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"--controlnet {name} cannot be loaded: {str(error).splitlines()[0].rstrip('.')}. Name a diffusers "
-            "ControlNet folder with config.json and safetensors, or a hub id."
-        ) from None
+        raise ConfigError(_unloaded(name, error)) from None
     return loaded.eval()
+
+
+def _unloaded(name: str, error: Exception) -> str:
+    return (
+        f"--controlnet {name} cannot be loaded: {str(error).splitlines()[0].rstrip('.')}. Name a diffusers "
+        "ControlNet folder with config.json and safetensors, or a hub id."
+    )
 
 
 def _weights_digest(module: nn.Module) -> str:
@@ -146,4 +152,5 @@ def _warn_of_triggers(adapters: list[tuple[AdapterFile, UsedAdapter]], wanted: W
         for word in file.header.trigger_words:
             silent = [prompt for prompt in wanted.prompts if not has_word(prompt, word)]
             if silent:
-                reporter.warn(f"{used.name} was trained with the word {word!r}, which {len(silent)} prompts do not say")
+                those = counted(len(silent), "prompt does", "prompts do")
+                reporter.warn(f"{used.name} was trained with the word {word!r}, which {those} not say")

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune.storage import write_text
+
 Advance = Callable[[int, str], None]
 """Called with how much of the task is done, and a few words that change as it goes."""
 Rows = Sequence[tuple[str, str]]
@@ -48,10 +50,7 @@ class MetricsLog:
         """Open for appending; lines after `resume_step` belong to lost steps and are dropped, so curves never fork."""
         self._path = path
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= resume_step]
-        # keep: not through finetune.storage, which imports torch; this file is read by `finetune --help`.
-        beside = path.with_suffix(".partial")
-        beside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        beside.replace(path)
+        write_text(path, "".join(f"{line}\n" for line in kept))
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Append the values measured after `step` optimizer steps."""

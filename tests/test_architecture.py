@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ LAYERS = {
     "finetune.interchange": 2.5, "finetune.sampling": 3,
     "finetune.data": 4,
     "finetune.training": 5, "finetune.export": 5,
-    "finetune.studio": 5.5,
+    "finetune.before": 5.5, "finetune.studio": 5.5,
     "finetune.demo": 6, "finetune.artifact": 6, "finetune.pictures": 6, "finetune.cli": 7, "finetune.__main__": 8,
 }  # fmt: skip
 """Longest matching prefix decides; imports go downwards or stay in the own package."""
@@ -41,6 +42,9 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+KNOWN = {module_name(file) for file in FILES}
+
+
 def room(module: str) -> str:
     """The entry of LAYERS that a module belongs to; a module without one belongs nowhere and fails."""
     if module in DRAWN_WORLD:
@@ -49,6 +53,7 @@ def room(module: str) -> str:
     return max(keys, key=len)
 
 
+@cache
 def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
@@ -57,7 +62,6 @@ def own_imports(path: Path) -> Iterator[tuple[ast.stmt, str]]:
     """Every import of our own code, as a module that exists."""
     here = module_name(path)
     package = here if path.name == "__init__.py" else here.rpartition(".")[0]
-    known = {module_name(file) for file in FILES}
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -66,12 +70,13 @@ def own_imports(path: Path) -> Iterator[tuple[ast.stmt, str]]:
             if node.level:
                 parent = package.rsplit(".", node.level - 1)[0] if node.level > 1 else package
                 base = f"{parent}.{base}".rstrip(".")
-            names = [f"{base}.{alias.name}" if f"{base}.{alias.name}" in known else base for alias in node.names]
+            names = [f"{base}.{alias.name}" if f"{base}.{alias.name}" in KNOWN else base for alias in node.names]
         else:
             continue
         yield from ((node, name) for name in names if name.split(".")[0] in PACKAGES)
 
 
+@cache
 def guarded_for_types(path: Path) -> set[int]:
     """Lines under `if TYPE_CHECKING:`; they are never executed."""
     return {

@@ -33,6 +33,42 @@ def test_1e_4_is_a_number_in_yaml(tmp_path):
     """PyYAML reads 1e-4 as text; a learning rate that is text has cost people days."""
     path = write(tmp_path, "model: {base: demo}\ndata: {folder: p}\noptimizer: {learning_rate: 1e-4}\noutput_dir: r\n")
     assert load_run(path).optimizer.learning_rate == 1e-4
+
+
+def test_yaml_means_what_it_looks_like(tmp_path):
+    """PyYAML reads `off` as false and 1:30 as 90; pydantic takes true for 1. Each has changed somebody's run unseen."""
+    text = "model: {base: demo}\ndata: {folder: p, mask: off}\ntrain: &t {gradient_checkpointing: yes}\noutput_dir: r\n"
+    run = load_run(write(tmp_path, text))
+    assert run.data.mask == "off" and run.train.gradient_checkpointing is True
+    wrong = "optimizer: {learning_rate: true}\ntrain: {steps: true, max_hours: 1:30}\nexport: {name: 1.10}\n"
+    with pytest.raises(ConfigError) as raised:
+        load_run(write(tmp_path, "model: {base: demo}\ndata: {folder: p}\noutput_dir: r\n" + wrong))
+    told = str(raised.value)
+    for place in ("optimizer.learning_rate=true", "train.steps=true", "train.max_hours='1:30'"):
+        assert f"{place}: must be a number" in told
+    assert "export.name=1.1: must be a text; put it in quotes" in told
+    with pytest.raises(ConfigError, match="line 3: the key 'steps' stands twice"):
+        load_run(write(tmp_path, "train:\n  steps: 3\n  steps: 4\n"))
+
+
+def test_a_tilde_is_the_home_in_every_path(monkeypatch):
+    """No shell sees a path in a file, and a folder called ~ is what nobody wants."""
+    monkeypatch.setenv("HOME", "/home/ann")
+    run = make_run(SMALL | {"output_dir": "~/runs/a", "data": {"folder": "~/photos", "cache_folder": "~/cache"}})
+    assert (str(run.output_dir), str(run.data.folder), str(run.data.cache_folder)) == (
+        "/home/ann/runs/a", "/home/ann/photos", "/home/ann/cache",
+    )  # fmt: skip
+
+
+def test_yaml_merge_keys_work(tmp_path):
+    """Studios share blocks between configurations with anchors."""
+    path = write(
+        tmp_path,
+        "model: {base: demo}\ndata: {folder: p}\noutput_dir: r\nadapter: &a {rank: 3}\n"
+        "text_encoder_adapter:\n  <<: *a\n  alpha: 2\n",
+    )
+    run = load_run(path)
+    assert run.text_encoder_adapter.rank == 3 and run.text_encoder_adapter.alpha == 2
     assert load_run(path, ["optimizer.learning_rate=3e-5"]).optimizer.learning_rate == 3e-5
 
 
@@ -146,6 +182,30 @@ def test_what_can_be_chosen_is_what_there_is():
     assert choices(config.OptimizerConfig, "schedule") == set(LR_SCHEDULES)
     assert choices(config.ExportConfig, "formats") == set(FORMATS)
     assert choices(config.DataConfig, "captions") == {"auto", *CAPTIONERS}
+
+
+@pytest.mark.parametrize(
+    ("section", "said", "expected"),
+    [
+        # diffusers turns min-SNR on by the value alone
+        ("objective", {"snr_gamma": 5}, "snr_gamma=5.0 is read only with objective.weighting=min_snr or soft_min_snr"),
+        ("objective", {"density_mean": 1, "density": "mode"}, "with objective.density=logit_normal, and"),
+        ("optimizer", {"schedule_floor": 0.1, "schedule": "constant"}, "and optimizer.schedule is constant; change"),
+        ("train", {"ema_power": 0.7}, "train.ema_power=0.7 is read only if train.ema_decay is set"),
+    ],
+)
+def test_a_value_that_nothing_reads_is_refused(section, said, expected):
+    """It was meant to turn something on; a run without it would be paid for and look the same."""
+    with pytest.raises(ConfigError) as caught:
+        make_run(SMALL | {section: said})
+    assert expected in str(caught.value)
+
+
+def test_a_whole_document_and_own_functions_may_hold_what_is_not_read():
+    """A dumped run says all defaults, and a function of one's own gets every parameter."""
+    assert make_run(dump_run(make_run(SMALL)))
+    own = make_run(SMALL | {"objective": {"weighting": "mine.weight", "snr_gamma": 3}})
+    assert own.objective.snr_gamma == 3
 
 
 def test_a_trigger_is_a_word_of_its_own():

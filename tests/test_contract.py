@@ -15,7 +15,7 @@ from finetune.adapters import METHODS, UPDATES, AdapterFile, attach
 from finetune.config import AdapterConfig, TextAdapterConfig
 from finetune.families import FAMILIES, SizeConditioning, load_family
 from finetune.families.twins import TWINS, write_twin
-from finetune.sampling import adapter_applied
+from finetune.sampling.apply import adapter_applied
 from finetune.sampling.merging import merge_first
 from finetune.training.build_adapters import build_targets
 from finetune.training.model import TrainableModel, enable_gradient_checkpointing

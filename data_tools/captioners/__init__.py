@@ -52,15 +52,11 @@ def caption_folder(listing: Listing, captions: str = AUTO, template_text: str | 
 def check_choice(captions: str, template_text: str | None) -> None:
     """Refuse a source that is not known and a template that could not be followed."""
     if captions != AUTO and captions not in CAPTIONERS:
-        raise UsageError(
-            f"captions={captions!r} is not known; choose one of {', '.join([AUTO, *CAPTIONERS])}."
-        )
+        raise UsageError(f"captions={captions!r} is not known; choose one of {', '.join([AUTO, *CAPTIONERS])}.")
     if template_text is not None:
         check_template(template_text)
         if captions not in (AUTO, "template"):
-            raise UsageError(
-                f"A template is given, but captions={captions!r} never uses it; leave out one of the two."
-            )
+            raise UsageError(f"A template is given, but captions={captions!r} never uses it; leave out one of the two.")
     elif captions == "template":
         raise UsageError('captions="template" needs a template, such as --template "a photo of sks dog".')
 
@@ -70,13 +66,9 @@ def _first_that_answers(listing: Listing, template_text: str | None) -> Answer:
     for source in (sidecar, kohya, template):
         if source is template and template_text is None:
             continue
-        missing = [
-            name for name in listing.pictures if name not in answer.captions and name not in answer.failed
-        ]
+        missing = [name for name in listing.pictures if name not in answer.captions and name not in answer.failed]
         if missing:
-            rest = Listing(
-                listing.root, missing if source is not template else listing.pictures, listing.sidecars
-            )
+            rest = Listing(listing.root, missing if source is not template else listing.pictures, listing.sidecars)
             answer.extend(source(rest, template_text), missing)
     return answer
 
@@ -124,11 +116,7 @@ def _name_unused_sidecars(listing: Listing, answer: Answer) -> None:
         if stem(name) in stems:
             answer.problems.append(
                 Problem(
-                    name,
-                    "is not read",
-                    "captions were asked from elsewhere",
-                    "take it with --captions sidecar",
-                    "note",
+                    name, "is not read", "captions were asked from elsewhere", "take it with --captions sidecar", "note"
                 )
             )
         else:

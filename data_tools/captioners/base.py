@@ -11,7 +11,7 @@ from data_tools.folder import Listing
 from data_tools.records import Role, Verdict
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Caption:
     """What one picture is called, where that was found, and what else was said there; None: nothing."""
 

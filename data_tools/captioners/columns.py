@@ -89,9 +89,7 @@ def _captions(values: dict[str, Any]) -> tuple[str, ...]:
     if column is None:
         if tags is None:
             raise RefusedError(
-                "has no text",
-                f"captions are read from {', '.join(TEXT_COLUMNS)} or {TAGS}",
-                "add one to the row",
+                "has no text", f"captions are read from {', '.join(TEXT_COLUMNS)} or {TAGS}", "add one to the row"
             )
         return split_captions(tags)[:1]
     value = values[column]

@@ -13,8 +13,7 @@ from data_tools.text import split_captions
 COUNTER = re.compile(r"[\s._-]*(\(\d+\)|\d+)$")
 # Names that cameras, phones and messengers give; they say nothing about the picture.
 CAMERA = re.compile(
-    r"(img|image|dsc[fn]?|pxl|vid|mvimg|photo|picture|pic|screenshot|scan|untitled|whatsapp image.*|p)",
-    re.IGNORECASE,
+    r"(img|image|dsc[fn]?|pxl|vid|mvimg|photo|picture|pic|screenshot|scan|untitled|whatsapp image.*|p)", re.IGNORECASE
 )
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from data_tools.captioners.base import Answer, Caption
-from data_tools.errors import Problem, RefusedError
+from data_tools.errors import Problem, RefusedError, counted
 from data_tools.folder import Listing
 from data_tools.text import split_captions
 
@@ -58,7 +58,7 @@ def folder_notes(listing: Listing) -> Iterator[Problem]:
             many = found[0] >= MANY_REPEATS
             yield Problem(
                 f"{folder}/",
-                f"is read as a kohya folder: {found[0]} repeats of {found[1]!r}",
+                f"is read as a kohya folder: {counted(found[0], 'repeat')} of {found[1]!r}",
                 "its name is N_name" + (", though the number looks like a year or a count" if many else ""),
                 "rename it if that is not meant",
                 "warning" if many else "note",

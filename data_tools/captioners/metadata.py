@@ -53,8 +53,7 @@ def metadata(listing: Listing, template: str | None) -> Answer:
     answer.used |= masks
     for name in masks & answer.captions.keys():
         answer.fail(
-            name,
-            Problem(name, "is a mask and has a row of its own", "a mask is not trained on", "remove its row"),
+            name, Problem(name, "is a mask and has a row of its own", "a mask is not trained on", "remove its row")
         )
         del answer.captions[name]
     for name in listing.pictures:
@@ -65,8 +64,7 @@ def metadata(listing: Listing, template: str | None) -> Answer:
                     name,
                     f"has no row in {found.name}",
                     "so it has no caption",
-                    "add a row, move it out of the folder, or take the captions from elsewhere "
-                    "(--captions sidecar)",
+                    "add a row, move it out of the folder, or take the captions from elsewhere (--captions sidecar)",
                 ),
             )
     return answer

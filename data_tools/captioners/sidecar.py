@@ -94,10 +94,4 @@ def _read(listing: Listing, name: str, find: Find) -> Caption | None:
 
 
 def _no_caption(name: str) -> Problem:
-    return Problem(
-        name,
-        "holds no caption",
-        "it has no text, caption, prompt or tags",
-        "add one if it should",
-        "note",
-    )
+    return Problem(name, "holds no caption", "it has no text, caption, prompt or tags", "add one if it should", "note")

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
 
 from data_tools.captioners.vision import VISION, Asking, Say, how_to_fetch
-from data_tools.errors import DataToolsError, UsageError, shown
+from data_tools.errors import DataToolsError, UsageError, counted, shown
 from data_tools.models import UNREADABLE, Source, choose_device, moved, reason_of
 
 FLORENCE_TASKS = ("<CAPTION>", "<DETAILED_CAPTION>", "<MORE_DETAILED_CAPTION>")
@@ -95,11 +95,7 @@ def _speak(model: Any, reader: Reader, prompts: Sequence[str], asking: Asking) -
     def one(pictures: Pictures, prompt: str) -> list[list[str]]:
         inputs = moved(reader.encode(pictures, prompt), model)
         output = model.generate(
-            **inputs,
-            do_sample=False,
-            num_beams=beams,
-            num_return_sequences=asking.count,
-            max_new_tokens=asking.length,
+            **inputs, do_sample=False, num_beams=beams, num_return_sequences=asking.count, max_new_tokens=asking.length
         )
         start = inputs["input_ids"].shape[1] if reader.echoes else 0
         texts = reader.decode(output[:, start:])
@@ -120,8 +116,8 @@ def _stopped(error: Exception, pictures: int) -> DataToolsError:
     full = isinstance(error, torch.OutOfMemoryError)
     remedy = "give a smaller --batch or --number" if full else "try --batch 1, a shorter --prompt or --length"
     return DataToolsError(
-        f"The model stopped at a batch of {pictures} pictures ({reason_of(error)}); {remedy}, and start again: what is "
-        "written stays written.",
+        f"The model stopped at a batch of {counted(pictures, 'picture')} ({reason_of(error)}); {remedy}, and "
+        "start again: what is written stays written.",
         exit_code=RESOURCES if full else None,
     )
 

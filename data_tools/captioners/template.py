@@ -57,7 +57,5 @@ def check_template(text: str) -> tuple[str, ...]:
     for _, blank, spec, conversion in parts:
         # keep: plain names only, because a format string such as {stem.__class__} reads attributes.
         if blank is not None and (blank not in BLANKS or spec or conversion):
-            raise UsageError(
-                f"The template {text!r} has a blank {{{blank}}} that is not known; known are {known}."
-            )
+            raise UsageError(f"The template {text!r} has a blank {{{blank}}} that is not known; known are {known}.")
     return lines

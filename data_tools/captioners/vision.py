@@ -16,9 +16,8 @@ from PIL import Image
 
 from data_tools.captioners.base import Answer, Caption
 from data_tools.errors import Problem, RefusedError, UsageError
-from data_tools.files import read_regular
 from data_tools.folder import Listing
-from data_tools.images import MAX_FILE_BYTES, WHITE, decode
+from data_tools.images import read_picture
 from data_tools.pool import death, in_workers
 from data_tools.quality import reduced
 from data_tools.text import split_captions
@@ -113,10 +112,9 @@ class Viewer:
 
         def look(name: str) -> Image.Image | Problem:
             try:
-                picture = decode(read_regular(listing.root / name, MAX_FILE_BYTES), WHITE)[0]
+                return reduced(read_picture(listing.root / name), SIDE)
             except RefusedError as refusal:
                 return refusal.problem(name)
-            return reduced(picture, SIDE)
 
         for name, seen in zip(listing.pictures, in_workers(look, listing.pictures, None, death), strict=True):
             if isinstance(seen, Problem):

@@ -14,7 +14,9 @@ from data_tools.cli.app import app
 from data_tools.errors import DataToolsError
 
 COMMANDS = (importing, scan, caption, edit, tokens, mask, clean, bucket, report)
-"""Modules whose import puts their commands on the application."""
+"""Modules whose import puts their commands on the application; the help lists them in this order, that of the work."""
+_ORDER = [module.__name__ for module in COMMANDS]
+app.registered_commands.sort(key=lambda registered: _ORDER.index(registered.callback.__module__))
 
 
 def main() -> None:

@@ -8,12 +8,11 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from data_tools import buckets, manifest
 from data_tools.buckets import PRESETS, Placement, Size
 from data_tools.cli.app import AsJson, Folder, Workers, app
-from data_tools.cli.printing import add_row, print_problems, progress_bar, say, table_of
+from data_tools.cli.printing import print_problems, print_table, say, stages
 from data_tools.errors import UsageError, shown
 from data_tools.folder import list_folder
 from data_tools.plan_picture import save_plan
@@ -35,18 +34,14 @@ Multiple = Annotated[
     int | None, typer.Option(min=1, help="Step of the sides in pixels; 64 if not given.", show_default=False)
 ]
 MinSide = Annotated[
-    int | None,
-    typer.Option(min=1, help="Shortest side; half the resolution if not given.", show_default=False),
+    int | None, typer.Option(min=1, help="Shortest side; half the resolution if not given.", show_default=False)
 ]
 MaxSide = Annotated[
-    int | None,
-    typer.Option(min=1, help="Longest side; twice the resolution if not given.", show_default=False),
+    int | None, typer.Option(min=1, help="Longest side; twice the resolution if not given.", show_default=False)
 ]
 Preset = Annotated[
     str | None,
-    typer.Option(
-        help=f"A list of buckets by name, in place of the numbers: {', '.join(PRESETS)}.", show_default=False
-    ),
+    typer.Option(help=f"A list of buckets by name, in place of the numbers: {', '.join(PRESETS)}.", show_default=False),
 ]
 Upscale = Annotated[
     bool, typer.Option("--upscale", help="Enlarge small pictures; otherwise they get a smaller bucket.")
@@ -64,9 +59,7 @@ def bucket(  # noqa: PLR0913
     max_side: MaxSide = None,
     preset: Preset = None,
     upscale: Upscale = False,
-    files: Annotated[
-        bool, typer.Option("--files", help="Also list resize and crop of every picture.")
-    ] = False,
+    files: Annotated[bool, typer.Option("--files", help="Also list resize and crop of every picture.")] = False,
     picture: Annotated[
         Path | None, typer.Option(help="Also draw the plan into this PNG file.", show_default=False)
     ] = None,
@@ -96,9 +89,9 @@ def bucket(  # noqa: PLR0913
     if as_json:
         typer.echo(json.dumps(_to_json(result.records, placements), ensure_ascii=False, indent=1))
     else:
-        console.print(_bucket_table(result.records, placements, sizes))
+        _print_buckets(console, result.records, placements, sizes)
         if files:
-            console.print(_placement_table(result.records, placements))
+            _print_placements(console, result.records, placements)
     if picture is not None:
         save_plan(result.records, placements, picture)
         if not as_json:
@@ -129,19 +122,17 @@ def choose(
 
 def _read(folder: Path, workers: int | None) -> ScanResult:
     if manifest.NAME not in list_folder(folder).metadata:
-        with progress_bar("decoding") as progress:
-            return inspect(folder, workers=workers, progress=progress)
+        with stages() as stage:
+            return inspect(folder, workers=workers, progress=stage("looking at pictures"))
     kept, left_out = without_dropped(manifest.read(folder))
     return ScanResult(folder, kept, left_out)
 
 
-def _bucket_table(records: list[ImageRecord], placements: list[Placement], sizes: list[Size]) -> Table:
-    table = table_of(
-        "buckets", "width x height", "pictures", "with repeats", "cropped away", "at most", "in file"
-    )
-    for row in buckets.plan_table(records, placements):
-        add_row(
-            table,
+def _print_buckets(
+    console: Console, records: list[ImageRecord], placements: list[Placement], sizes: list[Size]
+) -> None:
+    rows = [
+        (
             f"{row.bucket[1]} x {row.bucket[0]}" + ("" if row.bucket in sizes else " (small)"),
             str(row.pictures),
             str(row.samples),
@@ -149,59 +140,34 @@ def _bucket_table(records: list[ImageRecord], placements: list[Placement], sizes
             f"{row.max_lost:.1%}",
             row.most_lost,
         )
-    return table
+        for row in buckets.plan_table(records, placements)
+    ]
+    columns = ("width x height", "pictures", "with repeats", "cropped away", "at most", "in file")
+    print_table(console, "buckets", columns, rows)
 
 
-def _placement_table(records: list[ImageRecord], placements: list[Placement]) -> Table:
-    table = table_of(
-        "every picture (width x height)",
-        "file",
-        "picture",
-        "resized to",
-        "cut out",
-        "at left, top",
-        "cropped away",
-    )
-    for record, placement in zip(records, placements, strict=True):
-        (height, width), (top, left) = placement.resize, placement.crop_top_left
-        add_row(
-            table,
+def _print_placements(console: Console, records: list[ImageRecord], placements: list[Placement]) -> None:
+    rows = [
+        (
             record.file_name,
             f"{record.width} x {record.height}",
-            f"{width} x {height}",
+            f"{placement.resize[1]} x {placement.resize[0]}",
             f"{placement.bucket[1]} x {placement.bucket[0]}",
-            f"{left}, {top}",
+            f"{placement.crop_top_left[1]}, {placement.crop_top_left[0]}",
             f"{placement.lost:.1%}",
         )
-    return table
+        for record, placement in zip(records, placements, strict=True)
+    ]
+    columns = ("file", "picture", "resized to", "cut out", "at left, top", "cropped away")
+    print_table(console, "every picture (width x height)", columns, rows)
 
 
 def _to_json(records: list[ImageRecord], placements: list[Placement]) -> dict[str, Any]:
     """All sizes are [width, height] and all points [left, top], pixels."""
     return {
-        "buckets": [
-            {
-                "size": [row.bucket[1], row.bucket[0]],
-                "pictures": row.pictures,
-                "samples": row.samples,
-                "mean_lost": row.mean_lost,
-                "max_lost": row.max_lost,
-                "most_lost": row.most_lost,
-            }
-            for row in buckets.plan_table(records, placements)
-        ],
+        "buckets": [row.as_json() for row in buckets.plan_table(records, placements)],
         "pictures": [
-            {"file_name": record.file_name, "size": [record.width, record.height], **placement_json(placement)}
+            {"file_name": record.file_name, "size": [record.width, record.height], **placement.as_json()}
             for record, placement in zip(records, placements, strict=True)
         ],
-    }
-
-
-def placement_json(placement: Placement) -> dict[str, Any]:
-    """Sizes as [width, height], the crop's corner as [left, top], pixels."""
-    return {
-        "bucket": [placement.bucket[1], placement.bucket[0]],
-        "resize": [placement.resize[1], placement.resize[0]],
-        "crop_left_top": [placement.crop_top_left[1], placement.crop_top_left[0]],
-        "lost": round(placement.lost, 6),
     }

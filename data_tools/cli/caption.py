@@ -7,14 +7,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from data_tools.beside import Todo
 from data_tools.captioners import CAPTIONERS, caption_folder
 from data_tools.captioners.sidecar import sidecar
 from data_tools.captioners.vision import VISION, Asking, open_viewer
-from data_tools.captioning import Done, Todo, look, plan, save, worded
-from data_tools.cli.app import Folder, Template, app
-from data_tools.cli.examining import pairs, stages
-from data_tools.cli.printing import add_row, say, table_of
-from data_tools.errors import DataToolsError, UsageError, gravest, grouped
+from data_tools.captioning import Done, look, plan, save, worded
+from data_tools.cli.app import Device, Folder, Revision, Reword, Template, Trigger, Without, Write, app
+from data_tools.cli.examining import pairs
+from data_tools.cli.printing import print_table, say, stages
+from data_tools.errors import UsageError, counted, stop_for_errors
 from data_tools.folder import Listing, list_folder
 from data_tools.identity import identity_warning
 from data_tools.processes import ALONE, Share, this_process
@@ -37,7 +38,6 @@ Model = Annotated[
     str | None,
     typer.Option(help="A local folder or a hub id in place of the model's usual weights.", show_default=False),
 ]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.", show_default=False)]
 Prompts = Annotated[
     list[str] | None,
     typer.Option(
@@ -53,28 +53,16 @@ Length = Annotated[int, typer.Option(min=1, help="A caption ends after so many n
 Batch = Annotated[
     int | None, typer.Option(min=1, help="Pictures at once; the model's own number if not given.", show_default=False)
 ]
-Device = Annotated[str | None, typer.Option(help="Such as cuda:1 or cpu; the GPU if there is one.", show_default=False)]
 General = Annotated[float, typer.Option(min=0, max=1, help="wd_tagger: probability from which a tag counts.")]
 Character = Annotated[float, typer.Option(min=0, max=1, help="wd_tagger: the same for the names of characters.")]
-Trigger = Annotated[
-    str | None,
-    typer.Option(help='Your subject\'s word, such as "sks dog": put first where it is missing.', show_default=False),
-]
 Prefix = Annotated[str, typer.Option(help="Put before every caption, as it is.")]
 Suffix = Annotated[str, typer.Option(help="Put behind every caption, as it is.")]
-Without = Annotated[
-    list[str] | None, typer.Option(metavar="WORDS", help="Words or a tag left out of every caption. Repeatable.")
-]
-Reword = Annotated[
-    list[str] | None, typer.Option(metavar="OLD=NEW", help="Words exchanged in every caption. Repeatable.")
-]
 Replace = Annotated[
     bool,
     typer.Option(
         "--replace", help="Also overwrite text files that are there; otherwise these pictures keep theirs. Begins anew."
     ),
 ]
-Write = Annotated[bool, typer.Option("--write", help="Write the text files; otherwise they are only shown.")]
 
 
 # keep: a command's options are its parameters.
@@ -145,11 +133,10 @@ def _by_reading(
     errors = [problem for problem in answer.problems if problem.severity == "error" and problem.file_name not in kept]
     done = Done(worded(answer, list(todo.files), wording), [*todo.problems, *errors])
     _show(console, todo, done, "caption files to write" if write else "caption files that --write would write")
-    if done.problems:
-        raise DataToolsError("Nothing was written:", grouped(done.problems), gravest(done.problems))
+    stop_for_errors("Nothing was written:", done.problems)
     if write:
         save(listing, todo, done.captions)
-        say(console, f"Wrote {len(done.captions)} caption files.")
+        say(console, f"Wrote {counted(len(done.captions), 'caption file')}.")
     _conclude(console, listing, done, wording)
 
 
@@ -158,10 +145,8 @@ def _by_looking(
 ) -> None:
     """Batch by batch; a picture that cannot be captioned is told at the end and stops no other."""
     console = Console(quiet=share.rank != 0)
-    todo = plan(listing, replace, share)
-    waiting = len(todo.files)
-    if not write:
-        todo.files = dict(list(todo.files.items())[:PREVIEW])
+    whole = plan(listing, replace, share)
+    todo = whole if write else whole.first(PREVIEW)
     done = Done(problems=todo.problems)
     if todo.files:
         viewer = open_viewer(source, asking)
@@ -173,25 +158,20 @@ def _by_looking(
     if not todo.files:
         say(console, "No picture waits for a caption: there is nothing to do.")
     elif write:
-        say(console, f"Wrote {len(done.captions)} caption files{mine}.")
+        say(console, f"Wrote {counted(len(done.captions), 'caption file')}{mine}.")
     else:
-        say(console, f"Looked at {len(todo.files)} of {waiting} pictures; --write captions all of them.")
+        pictures = counted(len(whole.files), "picture")
+        say(console, f"Looked at {len(todo.files)} of {pictures}; --write captions all of them.")
     _conclude(console, listing, done, wording)
-    errors = [problem for problem in done.problems if problem.severity == "error"]
-    if errors:
-        raise DataToolsError(f"{len(errors)} pictures got no caption:", grouped(errors), gravest(errors))
+    stop_for_errors("These pictures got no caption:", done.problems)
 
 
 def _show(console: Console, todo: Todo, done: Done, title: str) -> None:
-    table = table_of(title, "file", "caption")
-    for name, lines in list(done.captions.items())[:SHOWN_ROWS]:
-        add_row(table, todo.files[name], " | ".join(lines))
-    if done.captions:
-        console.print(table)
-    if len(done.captions) > SHOWN_ROWS:
-        say(console, f"... and {len(done.captions) - SHOWN_ROWS:,} more.")
+    rows = [(todo.files[name], " | ".join(lines)) for name, lines in done.captions.items()]
+    print_table(console, title, ("file", "caption"), rows, SHOWN_ROWS)
     if todo.kept:
-        say(console, f"{len(todo.kept)} pictures have a caption file and keep it; --replace overwrites.")
+        kept = counted(len(todo.kept), "picture has", "pictures have")
+        say(console, f"{kept} a caption file already; --replace overwrites it.")
 
 
 def _conclude(console: Console, listing: Listing, done: Done, wording: Wording) -> None:

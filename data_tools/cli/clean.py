@@ -17,10 +17,10 @@ from rich.console import Console
 from data_tools import clean as cleaning_of
 from data_tools.captioners import AUTO
 from data_tools.clean import Cleaning, Judged, Options, Score
-from data_tools.cli.app import Background, Folder, Template, Workers, app
-from data_tools.cli.examining import Against, Captions, Limits, Verdicts, opened, pairs, raise_for_broken, settings
-from data_tools.cli.printing import add_row, say, table_of
-from data_tools.errors import DataToolsError, UsageError, shown
+from data_tools.cli.app import AsJson, Background, Captions, Folder, Strict, Template, Workers, Write, app
+from data_tools.cli.examining import Against, Limits, Verdicts, opened, pairs, raise_for_broken, settings
+from data_tools.cli.printing import print_table, say
+from data_tools.errors import DataToolsError, UsageError, counted, shown
 from data_tools.focus import focus_on_masks
 from data_tools.records import ImageRecord, Verdict
 from data_tools.scoring import SCORERS, ScorerSpec, choose_scorers
@@ -75,16 +75,12 @@ def clean(  # noqa: PLR0913
     template: Template = None,
     background: Background = "white",
     workers: Workers = None,
-    write: Annotated[
-        bool, typer.Option("--write", help="Write the verdicts into metadata.jsonl; no picture is touched.")
-    ] = False,
+    write: Write = False,
     reset: Annotated[
         bool, typer.Option("--reset", help="Take all verdicts out of metadata.jsonl again, those by hand as well.")
     ] = False,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Exit with 3 when a picture is to be looked at or dropped.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    strict: Strict = False,
+    as_json: AsJson = False,
 ) -> None:
     """Judge every picture: keep, review or drop, each with its number and limit. Nothing is deleted or moved.
 
@@ -109,13 +105,7 @@ def clean(  # noqa: PLR0913
     )
     rules = settings(limit, verdict, scorers)
     with opened(
-        folder,
-        rules,
-        captions=captions,
-        template=template,
-        background=background,
-        workers=workers,
-        against=against,
+        folder, rules, captions=captions, template=template, background=background, workers=workers, against=against
     ) as options:
         asked = _scoring(scorers, options) if scorers else None
         if options.share.rank:
@@ -144,7 +134,7 @@ def _conclude(console: Console, judged: Cleaning, *, write: bool, strict: bool, 
         _tell(console, as_json, "Nothing is written. Add --write to store the verdicts in metadata.jsonl.")
     counts = judged.counts()
     if strict and counts["review"] + counts["drop"]:
-        raise DataToolsError(f"--strict: {counts['review']} pictures to look at, {counts['drop']} to drop.")
+        raise DataToolsError(f"--strict: {counts['review']} to look at, {counts['drop']} to drop.")
 
 
 def _scoring(specs: Sequence[ScorerSpec], options: Options) -> Score:
@@ -211,27 +201,30 @@ def _reset(console: Console, judged: Cleaning, write: bool) -> None:
 
 def _print(console: Console, judged: Cleaning) -> None:
     found = Counter(finding.check for each in judged.judged for finding in each.findings)
-    table = table_of("checks", "check", "limit", "leads to", "pictures", "what is measured")
-    for name, rule in judged.rules.items():
-        number = "" if name == "copy" else f"{rule.limit:g}"
-        add_row(table, name, number, rule.verdict, str(found[name]) if rule.verdict != "keep" else "off", rule.meaning)
-    console.print(table)
-    told = [each for each in judged.judged if each.record.verdict != "keep" or each.by_hand]
-    if told:
-        pictures = table_of("verdicts other than keep, or by hand", "file", "verdict", "why")
-        for each in sorted(told, key=lambda each: each.record.verdict != "drop")[:SHOWN_ROWS]:
-            add_row(pictures, each.record.file_name, each.record.verdict, BETWEEN.join(each.record.verdict_reasons))
-        console.print(pictures)
-    if len(told) > SHOWN_ROWS:
-        say(console, f"... and {len(told) - SHOWN_ROWS} more; `finetune data report` shows them all, with thumbnails.")
+    checks = [
+        (
+            name,
+            "" if name == "copy" else f"{rule.limit:g}",
+            rule.verdict,
+            "off" if rule.verdict == "keep" else str(found[name]),
+            rule.meaning,
+        )
+        for name, rule in judged.rules.items()
+    ]
+    print_table(console, "checks", ("check", "limit", "leads to", "pictures", "what is measured"), checks)
+    told = [each.record for each in judged.judged if each.record.verdict != "keep" or each.by_hand]
+    rows = [
+        (record.file_name, record.verdict, BETWEEN.join(record.verdict_reasons))
+        for record in sorted(told, key=lambda record: record.verdict != "drop")
+    ]
+    more = "; `finetune data report` shows them all, with thumbnails"
+    title = "verdicts other than keep, or by hand"
+    print_table(console, title, ("file", "verdict", "why"), rows, SHOWN_ROWS, more)
     counts = judged.counts()
     hand = sum(each.by_hand for each in judged.judged)
-    say(
-        console,
-        f"{len(judged.judged)} pictures: {counts['keep']} keep, {counts['review']} review, {counts['drop']} drop"
-        + (f"; {hand} of these by hand" if hand else "")
-        + ".",
-    )
+    verdicts = ", ".join(f"{counts[verdict]} {verdict}" for verdict in ("keep", "review", "drop"))
+    by_hand = f"; {hand} of these by hand" if hand else ""
+    say(console, f"{counted(len(judged.judged), 'picture')}: {verdicts}{by_hand}.")
 
 
 def to_json(judged: Cleaning) -> dict[str, Any]:

@@ -8,11 +8,11 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from data_tools.cli.app import Folder, app
+from data_tools.cli.app import Folder, Reword, Trigger, Without, Write, app
 from data_tools.cli.examining import pairs
-from data_tools.cli.printing import say
+from data_tools.cli.printing import say, stages
 from data_tools.editing import Edit, Plan, apply, parse_pattern, plan, undo
-from data_tools.errors import DataToolsError, UsageError, grouped, shown
+from data_tools.errors import UsageError, counted, grouped, shown, stop_for_errors
 from data_tools.folder import list_folder
 from data_tools.processes import this_process
 from data_tools.wording import Wording
@@ -22,18 +22,11 @@ SHOWN_CHANGES = 20
 Tags = list[str] | None
 Add = Annotated[Tags, typer.Option(metavar="TAG", help="Put a tag at the end where it is missing. Repeatable.")]
 Remove = Annotated[Tags, typer.Option(metavar="TAG", help="Take a tag (what stands between commas) out. Repeatable.")]
-Reword = Annotated[Tags, typer.Option(metavar="OLD=NEW", help="Exchange words, whole ones only. Repeatable.")]
-Without = Annotated[Tags, typer.Option(metavar="WORDS", help="Take words out, wherever they stand. Repeatable.")]
 Regex = Annotated[Tags, typer.Option(metavar="s/OLD/NEW/", help="A regular expression, as in sed. Repeatable.")]
-Trigger = Annotated[
-    str | None, typer.Option(help="Your subject's word: put first where it is missing.", show_default=False)
-]
 Only = Annotated[
     str | None, typer.Option(metavar="PATTERN", help='Only pictures of such names: "10_sks dog/*".', show_default=False)
 ]
-
 Undo = Annotated[bool, typer.Option("--undo", help="Take the last edit back; again: the one before it.")]
-Write = Annotated[bool, typer.Option("--write", help="Do it; otherwise the changes are only shown.")]
 
 
 # keep: a command's options are its parameters.
@@ -75,19 +68,19 @@ def edit(  # noqa: PLR0913
         raise UsageError("Say --add, --remove, --reword, --without, --regex or --trigger, or --undo and none of them.")
     listing = list_folder(folder)
     if take_back:
-        names = undo(listing.root, write=write)
-        say(console, f"{'Undid' if write else 'Would undo'} the last edit, of {len(names)} files.")
+        with stages() as stage:
+            names = undo(listing.root, write=write, progress=stage("writing captions"))
+        say(console, f"{'Undid' if write else 'Would undo'} the last edit, of {counted(len(names), 'file')}.")
     else:
         found = plan(listing, wanted, only)
         _show(console, found)
         if remove and not found.changes:
             say(console, "--remove takes out whole tags, between commas; --without takes words out of sentences.")
-        errors = [problem for problem in found.problems if problem.severity == "error"]
-        if errors:
-            raise DataToolsError("Nothing was written:", grouped(errors))
+        stop_for_errors("Nothing was written:", found.problems)
         if write and found.files:
-            apply(listing.root, found)
-            say(console, f"Wrote {len(found.files)} files; --undo takes it back.")
+            with stages() as stage:
+                apply(listing.root, found, stage("writing captions"))
+            say(console, f"Wrote {counted(len(found.files), 'file')}; --undo takes it back.")
     if not write:
         say(console, "Nothing is written. Add --write to do it.")
 
@@ -100,7 +93,8 @@ def _show(console: Console, found: Plan) -> None:
     if len(found.changes) > SHOWN_CHANGES:
         say(console, f"... and {len(found.changes) - SHOWN_CHANGES:,} more.")
     empty = sum(not change.new for change in found.changes)
+    verb = "changes" if len(found.changes) == 1 else "change"
     emptied = f"; {empty:,} become empty" if empty else ""
-    say(console, f"{len(found.changes):,} of {found.seen:,} captions change{emptied}.")
+    say(console, f"{len(found.changes):,} of {counted(found.seen, 'caption')} {verb}{emptied}.")
     for line in grouped(problem for problem in found.problems if problem.severity != "error"):
         say(console, f"warning: {line}", style="yellow")

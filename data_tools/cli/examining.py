@@ -1,8 +1,7 @@
-"""What `clean` and `report` share: their arguments, progress over several stages, and settings given as name=value."""
+"""What `clean` and `report` share: their arguments, and settings given as name=value."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,20 +9,14 @@ from typing import Annotated
 
 import typer
 from PIL import ImageColor
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data_tools.captioners import AUTO, CAPTIONERS
-from data_tools.clean import Cleaning, Options, Stage
-from data_tools.errors import DataToolsError, UsageError, gravest, grouped, shown
+from data_tools.clean import Cleaning, Options
+from data_tools.cli.printing import stages
+from data_tools.errors import UsageError, shown, stop_for_errors
 from data_tools.images import Color
-from data_tools.inspection import Progress as OnProgress
-from data_tools.processes import Share, this_process
+from data_tools.processes import this_process
 from data_tools.rules import RULES, Rule, change_rules
 from data_tools.scoring import SCORERS, ScorerSpec
-
-PLAIN_SECONDS = 10.0
-"""Without a terminal a progress line appears at most this often."""
 
 Limits = Annotated[
     list[str] | None,
@@ -44,9 +37,6 @@ Verdicts = Annotated[
 Against = Annotated[
     list[Path] | None,
     typer.Option(help="A folder whose pictures must not be in this one, such as the validation set; repeatable."),
-]
-Captions = Annotated[
-    str, typer.Option(help=f"Where captions come from, as in scan: {', '.join([AUTO, *CAPTIONERS])}.")
 ]
 
 
@@ -115,41 +105,6 @@ def opened(
         yield Options(rules, captions, template, behind, workers, tuple(against or ()), share, stage)
 
 
-@contextmanager
-def stages(share: Share) -> Iterator[Stage]:
-    """One progress bar per stage on a terminal; elsewhere a line with the time left now and then; rank 0 shows it."""
-    console = Console(stderr=True)
-    if share.rank:
-        yield lambda title: None
-        return
-    if not console.is_terminal:
-        yield lambda title: _Lines(console, title)
-        return
-    columns = (TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-
-        def stage(title: str) -> OnProgress:
-            task = bar.add_task(title, total=None)
-            return lambda done, total: bar.update(task, completed=done, total=total)
-
-        yield stage
-
-
-class _Lines:
-    """A progress line every few seconds, for log files."""
-
-    def __init__(self, console: Console, title: str) -> None:
-        self.console, self.title = console, title
-        self.started = self.last = time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if now - self.last >= PLAIN_SECONDS and 0 < done < total:
-            left = (now - self.started) / done * (total - done)
-            self.console.print(f"{self.title}: {done}/{total}, {left:.0f} s left", markup=False, highlight=False)
-            self.last = now
-
-
 def raise_for_broken(cleaning: Cleaning) -> None:
     """Stop for errors; a caption that is still missing is none for what is looked at here.
 
@@ -158,7 +113,4 @@ def raise_for_broken(cleaning: Cleaning) -> None:
     """
     waiting = {record.file_name for record in cleaning.scan.uncaptioned}
     errors = [problem for problem in cleaning.scan.of("error") if problem.file_name not in waiting]
-    if errors:
-        raise DataToolsError(
-            f"{shown(str(cleaning.scan.folder))} holds files that cannot be used:", grouped(errors), gravest(errors)
-        )
+    stop_for_errors(f"{shown(str(cleaning.scan.folder))} holds files that cannot be used:", errors)

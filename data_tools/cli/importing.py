@@ -11,17 +11,9 @@ from rich.console import Console
 
 from data_tools import manifest
 from data_tools.cli.app import AsJson, Strict, app
-from data_tools.cli.printing import (
-    conclude,
-    counting_bar,
-    exit_code,
-    print_json,
-    print_problems,
-    progress_bar,
-    say,
-)
+from data_tools.cli.printing import conclude, exit_code, print_json, print_problems, say, stages
 from data_tools.cli.scan import print_summary
-from data_tools.errors import shown
+from data_tools.errors import counted, shown
 from data_tools.images import WHITE
 from data_tools.importing import import_pictures
 from data_tools.memory import open_memory
@@ -41,9 +33,7 @@ def import_(
         ),
     ],
     *,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="A new folder to fill.", show_default=False)
-    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A new folder to fill.", show_default=False)],
     split: Annotated[str, typer.Option(help="Which part of a hub dataset.")] = "train",
     image_column: Annotated[
         str | None, typer.Option(help="Column of a table with the pictures; found if not given.")
@@ -77,19 +67,18 @@ def import_(
         return
     console = Console()
     order = Order(source, split, image_column, text_column)
-    with counting_bar("importing") as count:
-        done = import_pictures(order, output, count)
-    with progress_bar("decoding") as progress:
-        result = scan(output, progress=progress, memory=open_memory(output, WHITE)[0])
+    with stages() as stage:
+        done = import_pictures(order, output, stage("importing"))
+        result = scan(output, progress=stage("looking at pictures"), memory=open_memory(output, WHITE)[0])
     # keep: once each, because a folder's oddities come along with its files.
     result = replace(result, problems=list(dict.fromkeys([*done.problems, *result.problems])))
     if as_json:
         print_json(result, exit_code=exit_code(result, strict), new=done.new, kept=done.kept)
     else:
-        say(console, f"{done.new} new files, {done.kept} that were there already, ({done.source}).")
+        say(console, f"{counted(done.new, 'new file')}, {done.kept:,} that were there already ({done.source}).")
         print_summary(console, result)
         print_problems(console, result)
     conclude(result, strict)
     path = manifest.write(result.folder, result.records)
     if not as_json:
-        say(console, f"Wrote {shown(str(path))} with {len(result.records)} rows.")
+        say(console, f"Wrote {shown(str(path))} with {counted(len(result.records), 'row')}.")

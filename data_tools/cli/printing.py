@@ -1,43 +1,28 @@
-"""How the commands talk: plain lines, tables whose cells cannot steer the terminal, progress bars, problems."""
+"""How the commands talk: plain lines, tables whose cells cannot steer the terminal, progress, problems."""
 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 
+import typer
 from rich import box
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from data_tools.errors import DATA, DataToolsError, gravest, grouped, shown
-from data_tools.scan import Progress as OnProgress
+from data_tools.clean import Stage
+from data_tools.errors import DATA, DataToolsError, counted, gravest, grouped, shown
+from data_tools.inspection import Progress as OnProgress
+from data_tools.processes import ALONE, Share
 from data_tools.scan import ScanResult
 
-
-@contextmanager
-def progress_bar(what: str) -> Iterator[OnProgress | None]:
-    """A progress bar on a terminal; nothing elsewhere."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield None
-        return
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+PLAIN_SECONDS = 10.0
+"""Without a terminal a progress line appears at most this often."""
 
 
 def say(console: Console, text: str, style: str = "") -> None:
@@ -45,17 +30,76 @@ def say(console: Console, text: str, style: str = "") -> None:
     console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
-def table_of(title: str, *columns: str) -> Table:
-    """An empty table with these columns."""
+def print_table(
+    console: Console,
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    most: int | None = None,
+    more: str = "",
+) -> None:
+    """The first `most` rows, and how many more there are; nothing where there is none.
+
+    Cells are plain text: file names and captions must neither style nor steer the terminal.
+    """
+    if not rows:
+        return
     table = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         table.add_column(column, overflow="fold")
-    return table
+    for row in rows[:most]:
+        table.add_row(*(Text(shown(cell)) for cell in row))
+    console.print(table)
+    if most is not None and len(rows) > most:
+        say(console, f"... and {len(rows) - most:,} more{more}.")
 
 
-def add_row(table: Table, *cells: str) -> None:
-    """Cells as plain text: file names and captions must neither style nor steer the terminal."""
-    table.add_row(*(Text(shown(cell)) for cell in cells))
+@contextmanager
+def stages(share: Share = ALONE) -> Iterator[Stage]:
+    """One progress bar per stage on a terminal; elsewhere a line with the time left now and then; rank 0 shows it.
+
+    A stage is told (done, total); a total of 0 means that the end is not known. Ctrl-C is answered in words.
+    """
+    console = Console(stderr=True)
+    try:
+        with _stages(console, share) as stage:
+            yield stage
+    except KeyboardInterrupt:
+        say(console, "Stopped. What was done is whole, and the same command goes on.", style="yellow")
+        raise
+
+
+@contextmanager
+def _stages(console: Console, share: Share) -> Iterator[Stage]:
+    if share.rank:
+        yield lambda title: None
+        return
+    if not console.is_terminal:
+        yield lambda title: _Lines(console, title)
+        return
+    columns = (TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+
+        def stage(title: str) -> OnProgress:
+            task = bar.add_task(title, total=None)
+            return lambda done, total: bar.update(task, completed=done, total=total or None)
+
+        yield stage
+
+
+class _Lines:
+    """A progress line every few seconds, for log files."""
+
+    def __init__(self, console: Console, title: str) -> None:
+        self.console, self.title = console, title
+        self.started = self.last = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self.last >= PLAIN_SECONDS and done and done != total:
+            left = f"/{total}, {(now - self.started) / done * (total - done):.0f} s left" if total else ""
+            self.console.print(f"{self.title}: {done}{left}", markup=False, highlight=False)
+            self.last = now
 
 
 def print_json(result: ScanResult, **more: object) -> None:
@@ -67,7 +111,7 @@ def print_json(result: ScanResult, **more: object) -> None:
         "records": [asdict(record) for record in result.records],
         "problems": [asdict(problem) for problem in result.problems],
     }
-    sys.stdout.write(json.dumps(document, indent=1, ensure_ascii=True) + "\n")
+    typer.echo(json.dumps(document, indent=1, ensure_ascii=True))
 
 
 def conclude(result: ScanResult, strict: bool) -> None:
@@ -80,7 +124,7 @@ def conclude(result: ScanResult, strict: bool) -> None:
     warnings = result.of("warning")
     if strict and warnings:
         raise DataToolsError(
-            f"{shown(str(result.folder))}: {len(warnings)} warnings, and --strict takes them for errors:",
+            f"{shown(str(result.folder))}: {counted(len(warnings), 'warning')}, and --strict takes them for errors:",
             grouped(warnings),
         )
 
@@ -98,16 +142,3 @@ def print_problems(console: Console, result: ScanResult) -> None:
             say(console, f"{severity}s:", style="bold")
         for line in lines:
             say(console, f"  - {line}", style=style)
-
-
-@contextmanager
-def counting_bar(what: str) -> Iterator[Callable[[int], None] | None]:
-    """A running count on a terminal, for work whose end is not known; nothing elsewhere."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield None
-        return
-    columns = (TextColumn(what), SpinnerColumn(), TextColumn("{task.completed} files"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done: bar.update(task, completed=done)

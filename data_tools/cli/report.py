@@ -13,17 +13,24 @@ from rich.console import Console
 
 from data_tools.captioners import AUTO
 from data_tools.clean import Cleaning, assist, examine
-from data_tools.cli.app import AsJson, Background, Folder, Template, Workers, app
+from data_tools.cli.app import AsJson, Background, Captions, Folder, Strict, Template, TokenizerPlace, Workers, app
 from data_tools.cli.bucket import Multiple, Preset, Resolution, Upscale, choose
-from data_tools.cli.examining import Against, Captions, Limits, Verdicts, opened, settings
+from data_tools.cli.examining import Against, Limits, Verdicts, opened, settings
 from data_tools.cli.printing import say
-from data_tools.errors import DataToolsError, UsageError, gravest, shown
+from data_tools.errors import DataToolsError, UsageError, counted, gravest, shown
 from data_tools.files import storage_errors, write_atomic
 from data_tools.report import Plan, gather, load_tokenizers, make_thumbnails, render
 from data_tools.report.facts import BATCH_SIZES
 
 MEGABYTE = 2**20
-STALE = "pictures whose drop is not yet in the manifest (clean --write)"
+STALE = "whose drop is not yet in the manifest (clean --write)"
+STRICT = {
+    "warnings": ("warning", ""),
+    "review": ("picture to look at", "pictures to look at"),
+    "cut": ("caption longer than is read", "captions longer than are read"),
+    "not_stored": (f"picture {STALE}", f"pictures {STALE}"),
+}
+"""What else of the summary --strict asks about."""
 
 
 Output = Annotated[
@@ -31,10 +38,6 @@ Output = Annotated[
 ]
 BatchSizes = Annotated[
     list[int] | None, typer.Option(min=1, help="For the steps per epoch; repeatable. 1, 2, 4 and 8 if not given.")
-]
-TokenizerPlace = Annotated[
-    str | None,
-    typer.Option(help="Count tokens: a tokenizer.json, the folder of the base, or its hub id.", show_default=False),
 ]
 Megabytes = Annotated[
     float, typer.Option(min=0, help="Megabytes of thumbnails; pictures beyond are counted, not drawn.")
@@ -61,9 +64,7 @@ def report(  # noqa: PLR0913
     template: Template = None,
     background: Background = "white",
     workers: Workers = None,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Exit with 3 for warnings and pictures to look at as well.")
-    ] = False,
+    strict: Strict = False,
     as_json: AsJson = False,
 ) -> None:
     """Show a folder on one page: thumbnails with crops, buckets, sizes, copies, captions, weights, what is skipped.
@@ -83,18 +84,12 @@ def report(  # noqa: PLR0913
     console = Console()
     rules = settings(limit, verdict)
     sizes, step = choose(resolution, multiple, preset=preset)
-    name = f"the list {preset}" if preset else f"{resolution or 1024} px in steps of {multiple or 64}"
-    plan = Plan(sizes, step, upscale, f"Buckets: {name}", tuple(batch_size or BATCH_SIZES))
+    name = f"The list {preset}" if preset else f"{resolution or 1024} px in steps of {multiple or 64}"
+    plan = Plan(sizes, step, upscale, name, tuple(batch_size or BATCH_SIZES))
     tokenizers = load_tokenizers(tokenizer) if tokenizer else {}
     page, data = _places(output)
     with opened(
-        folder,
-        rules,
-        captions=captions,
-        template=template,
-        background=background,
-        workers=workers,
-        against=against,
+        folder, rules, captions=captions, template=template, background=background, workers=workers, against=against
     ) as options:
         if options.share.rank:
             assist(folder, options)
@@ -149,26 +144,21 @@ def _tell(console: Console, facts: dict[str, Any], page: Path, data: Path) -> No
     steps = ", ".join(f"{count:,} at batch {size}" for size, count in facts["steps_per_epoch"].items())
     say(
         console,
-        f"{summary['pictures']:,} pictures: {summary['keep']:,} keep, {summary['review']:,} review, "
-        f"{summary['drop']:,} drop; {summary['errors']:,} errors, {summary['warnings']:,} warnings.",
+        f"{counted(summary['pictures'], 'picture')}: {summary['keep']:,} keep, {summary['review']:,} review, "
+        f"{summary['drop']:,} drop; {counted(summary['errors'], 'error')}, {counted(summary['warnings'], 'warning')}.",
     )
     say(
         console,
-        f"{summary['samples']:,} samples per epoch in {summary['buckets']} buckets, {summary['mean_lost']:.1%} cropped "
-        f"away on average; steps per epoch: {steps}.",
+        f"{counted(summary['samples'], 'sample')} per epoch in {counted(summary['buckets'], 'bucket')}, "
+        f"{summary['mean_lost']:.1%} cropped away on average; steps per epoch: {steps}.",
     )
     say(console, f"Open {shown(str(page))}; {shown(data.name)} beside it holds the same in numbers.")
 
 
 def _conclude(cleaning: Cleaning, facts: dict[str, Any], strict: bool) -> None:
     summary = facts["summary"]
-    found = [f"{summary['errors']:,} errors"] if summary["errors"] else []
-    if strict:
-        found += [
-            f"{summary[key]:,} {words}"
-            for key, words in (("warnings", "warnings"), ("review", "pictures to look at"), ("not_stored", STALE))
-            if summary[key]
-        ]
+    asked = {"errors": ("error", ""), **(STRICT if strict else {})}
+    found = [counted(summary[key], *words) for key, words in asked.items() if summary[key]]
     if found:
         raise DataToolsError(
             f"{shown(facts['folder'])} is not ready: {', '.join(found)}; the page tells each of them.",

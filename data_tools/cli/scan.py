@@ -11,20 +11,11 @@ import typer
 from rich.console import Console
 
 from data_tools import manifest
-from data_tools.captioners import AUTO, CAPTIONERS
-from data_tools.cli.app import AsJson, Background, Folder, Strict, Template, Workers, app
+from data_tools.captioners import AUTO
+from data_tools.cli.app import AsJson, Background, Captions, Folder, Strict, Template, Workers, app
 from data_tools.cli.examining import color
-from data_tools.cli.printing import (
-    add_row,
-    conclude,
-    exit_code,
-    print_json,
-    print_problems,
-    progress_bar,
-    say,
-    table_of,
-)
-from data_tools.errors import UsageError, shown
+from data_tools.cli.printing import conclude, exit_code, print_json, print_problems, print_table, say, stages
+from data_tools.errors import UsageError, counted, shown
 from data_tools.folder import list_folder
 from data_tools.images import Color
 from data_tools.inspection import Looking, inspect_share
@@ -36,18 +27,7 @@ from data_tools.scan import scan as scan_folder
 
 SHOWN_ROWS = 12
 
-Captions = Annotated[
-    str,
-    typer.Option(
-        help=f"Where captions come from: {', '.join([AUTO, *CAPTIONERS])}. "
-        "auto = metadata.jsonl, .csv or .parquet if the folder has it; else, picture by picture, "
-        "a text file of the same name, a kohya folder name, "
-        "the template."
-    ),
-]
-Fresh = Annotated[
-    bool, typer.Option("--fresh", help="Decode everything again; otherwise unchanged pictures are not.")
-]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Decode everything again; otherwise unchanged pictures are not.")]
 Write = Annotated[
     bool,
     typer.Option(
@@ -102,14 +82,14 @@ def scan(  # noqa: PLR0913
     if memory is not None and memory.share.rank:
         inspect_share(list_folder(folder), replace(looking, memory=memory))
         return
-    with progress_bar("decoding") as progress:
+    with stages() as stage:
         result = scan_folder(
             folder,
             captions=captions,
             template=template,
             background=looking.background,
             workers=workers,
-            progress=progress,
+            progress=stage("looking at pictures"),
             memory=memory,
         )
     code = exit_code(result, strict)
@@ -122,7 +102,7 @@ def scan(  # noqa: PLR0913
     conclude(result, strict)
     if write:
         path = manifest.write(result.folder, result.records)
-        _say(console, f"Wrote {shown(str(path))} with {len(result.records)} rows.", as_json)
+        _say(console, f"Wrote {shown(str(path))} with {counted(len(result.records), 'row')}.", as_json)
     else:
         _say(console, "Ready. Add --write to store this as metadata.jsonl.", as_json)
 
@@ -156,12 +136,7 @@ def _print_pictures(console: Console, records: list[ImageRecord]) -> None:
     }
     plain = {"repeats": "1", "role": "instance", "notes": ""}
     told = {name: cells for name, cells in columns.items() if set(cells) != {plain.get(name)}}
-    table = table_of("usable pictures", *told)
-    for row in list(zip(*told.values(), strict=True))[:SHOWN_ROWS]:
-        add_row(table, *row)
-    console.print(table)
-    if len(records) > SHOWN_ROWS:
-        say(console, f"... and {len(records) - SHOWN_ROWS} more.")
+    print_table(console, "usable pictures", list(told), list(zip(*told.values(), strict=True)), SHOWN_ROWS)
 
 
 def _captions(record: ImageRecord) -> str:
@@ -176,18 +151,17 @@ def print_summary(console: Console, result: ScanResult) -> None:
     counts = ", ".join(f"{count} from {source}" for source, count in sources.most_common())
     say(
         console,
-        f"{len(records)} usable pictures, {samples} samples per epoch"
+        f"{counted(len(records), 'usable picture')}, {counted(samples, 'sample')} per epoch"
         + (f"; captions: {counts}" if counts else "")
         + ".",
     )
     if records:
-        small, large = (
-            chosen(records, key=lambda record: record.width * record.height) for chosen in (min, max)
-        )
+        small, large = (chosen(records, key=lambda record: record.width * record.height) for chosen in (min, max))
         say(console, f"Sizes from {small.width} x {small.height} to {large.width} x {large.height} pixels.")
     known = len(records) - result.decoded
     if known > 0:
-        say(console, f"{result.decoded} pictures were decoded now; the others were known already.")
+        now = counted(result.decoded, "picture was", "pictures were")
+        say(console, f"{now} decoded now; the others were known already.")
     roles = Counter(record.role for record in records)
     if roles["class"]:
         say(console, f"Roles: {roles['instance']} instance, {roles['class']} class.")

@@ -10,6 +10,8 @@ from typing import Any
 
 from markupsafe import Markup
 
+from data_tools.errors import counted
+
 WIDTH = 560
 """Of all charts, in units of their own; the page scales them."""
 CELLS = 70
@@ -44,7 +46,7 @@ def _svg(height: float, label: str, parts: Iterable[str]) -> Markup:
 
 def histogram(bins: Bins, label: str) -> Markup:
     """Bars with their counts, and a dashed line at the limit."""
-    top, bottom = 26, 160
+    top, bottom = 38, 160
     highest = max(bins.counts, default=0) or 1
     step = WIDTH / max(1, len(bins.counts))
     parts = []
@@ -182,11 +184,11 @@ def bucket_chart(buckets: Sequence[dict[str, Any]]) -> Markup:
         size = max(2.0, 250 * bucket["samples"] / most)
         shape = "shape small" if bucket["small"] else "shape"
         words = f"{bucket['samples']:,} · {bucket['mean_lost']:.1%} cropped"
-        title = f"{bucket['pictures']} pictures; at most {bucket['max_lost']:.1%} cropped, in {bucket['most_lost']}"
+        worst = f"at most {bucket['max_lost']:.1%} cropped, in {bucket['most_lost']}"
         parts.append(
             _tag(
                 "g",
-                _tag("title", title),
+                _tag("title", f"{counted(bucket['pictures'], 'picture')}; {worst}"),
                 _tag("rect", class_=shape, x=16 - width / 2, y=middle - tall / 2, width=width, height=tall),
                 _tag("text", "{} x {}".format(*bucket["size"]), class_="name", x=44, y=middle + 5),
                 _tag("rect", class_="bar", x=146, y=middle - 9, width=size, height=18, rx=2),

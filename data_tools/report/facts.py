@@ -59,6 +59,7 @@ def gather(cleaning: Cleaning, plan: Plan, tokenizers: Tokenizers) -> Facts:
     dropped = {each.record.file_name for each in cleaning.judged if each.record.verdict == "drop"}
     problems = [_settled(problem, dropped) for problem in (*cleaning.scan.problems, *misfits)]
     counts = cleaning.counts()
+    captions = caption_facts(records, tokenizers)
     return {
         "folder": cleaning.scan.folder.name,
         "summary": {
@@ -68,6 +69,7 @@ def gather(cleaning: Cleaning, plan: Plan, tokenizers: Tokenizers) -> Facts:
             "by_hand": sum(each.by_hand for each in cleaning.judged),
             "not_stored": sum((each.record.verdict == "drop") != (each.stored == "drop") for each in cleaning.judged),
             "without_caption": len(waiting),
+            "cut": captions["cut"],
             "samples": sum(record.repeats for record in records),
             "masks": sum(record.mask_file is not None for record in records),
             "buckets": len({cut.bucket for cut in cuts}),
@@ -80,7 +82,7 @@ def gather(cleaning: Cleaning, plan: Plan, tokenizers: Tokenizers) -> Facts:
         "steps_per_epoch": {str(size): steps_per_epoch(records, cuts, size) for size in plan.batch_sizes},
         "weights": _weights(records),
         "clusters": _clusters(cleaning.judged),
-        "captions": caption_facts(records, tokenizers),
+        "captions": captions,
         "problems": [asdict(problem) for problem in problems],
         "pictures": [
             _picture(each, placement, waiting, tokenizers)
@@ -123,18 +125,7 @@ def _checks(cleaning: Cleaning) -> list[Facts]:
 
 def _buckets(records: Sequence[ImageRecord], cuts: Sequence[Placement], plan: Plan) -> list[Facts]:
     sizes = set(plan.sizes)
-    return [
-        {
-            "size": [row.bucket[1], row.bucket[0]],
-            "small": row.bucket not in sizes,
-            "pictures": row.pictures,
-            "samples": row.samples,
-            "mean_lost": row.mean_lost,
-            "max_lost": row.max_lost,
-            "most_lost": row.most_lost,
-        }
-        for row in buckets.plan_table(records, cuts)
-    ]
+    return [{**row.as_json(), "small": row.bucket not in sizes} for row in buckets.plan_table(records, cuts)]
 
 
 def steps_per_epoch(records: Sequence[ImageRecord], cuts: Sequence[Placement], batch_size: int) -> int:
@@ -226,10 +217,5 @@ def _picture(each: Judged, cut: Placement | None, waiting: Iterable[str], tokeni
         },
         "mask": record.mask_file,
         "focus": list(record.focus) if record.focus else None,
-        "cut": None if cut is None else {
-            "bucket": [cut.bucket[1], cut.bucket[0]],
-            "resize": [cut.resize[1], cut.resize[0]],
-            "crop_left_top": [cut.crop_top_left[1], cut.crop_top_left[0]],
-            "lost": round(cut.lost, 6),
-        },
-    }  # fmt: skip
+        "cut": cut and cut.as_json(),
+    }

@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from data_tools.errors import Problem, grouped
+from data_tools.errors import Problem, alike, counted, parts
 from data_tools.report import charts
 from data_tools.report.facts import Facts
 from data_tools.report.thumbnails import Thumbnails
@@ -29,6 +29,7 @@ def render(facts: Facts, thumbnails: Thumbnails) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["percent"] = _percent
     environment.filters["count"] = "{:,}".format
+    environment.filters["counted"] = counted
     template = environment.from_string(_text("page.html"))
     shown = [picture for picture in facts["pictures"] if picture["file_name"] in thumbnails.urls]
     return template.render(
@@ -53,9 +54,9 @@ def _percent(share: float) -> str:
     return f"{share:.1%}" if 0 < share < 0.1 else f"{share:.0%}"
 
 
-def _grouped(problems: Sequence[dict[str, Any]], severity: str) -> list[str]:
-    """One sentence for all problems that share their words."""
-    return grouped(Problem(**problem) for problem in problems if problem["severity"] == severity)
+def _grouped(problems: Sequence[dict[str, Any]], severity: str) -> list[tuple[str, str]]:
+    """Names and words, once for all problems that share their words."""
+    return [parts(group) for group in alike(Problem(**each) for each in problems if each["severity"] == severity)]
 
 
 def _charts(facts: Facts) -> dict[str, Any]:

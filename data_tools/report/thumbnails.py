@@ -12,8 +12,7 @@ from PIL import Image
 
 from data_tools.clean import Judged
 from data_tools.errors import RefusedError
-from data_tools.files import read_regular
-from data_tools.images import MAX_FILE_BYTES, WHITE, Color, decode
+from data_tools.images import BLACK, WHITE, Color, read_picture
 from data_tools.inspection import Progress
 from data_tools.measuring import decode_again
 from data_tools.pool import in_workers
@@ -98,7 +97,7 @@ def veil(root: Path, mask_file: str) -> str:
     Raises:
         RefusedError: the mask cannot be read.
     """
-    mask = reduced(decode(read_regular(root / mask_file, MAX_FILE_BYTES), (0, 0, 0))[0].convert("L"), VEIL_SIDE)
+    mask = reduced(read_picture(root / mask_file, BLACK).convert("L"), VEIL_SIDE)
     picture = Image.new("RGBA", mask.size, VEIL)
     picture.putalpha(mask.point([VEIL[3] * (255 - value) // 255 for value in range(256)]))
     return data_url(picture)

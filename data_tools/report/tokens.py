@@ -7,6 +7,7 @@ import importlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from data_tools.errors import UsageError, shown
@@ -14,6 +15,7 @@ from data_tools.errors import UsageError, shown
 NAMES = ("tokenizer", "tokenizer_2", "tokenizer_3")
 """Sub-folders of a diffusers model; each text encoder has its own."""
 CLIP_ROOM = 77
+DEMO = "demo"
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,13 @@ def load_tokenizers(place: str) -> Tokenizers:
     """The tokenizers of a model, by name: tokenizer, tokenizer_2, ...
 
     Args:
-        place: a tokenizer.json, a folder that holds one, a folder of a diffusers model, or a hub id (which may be
-            looked up in the network).
+        place: a tokenizer.json, a folder that holds one, a folder of a diffusers model, a hub id (which may be looked
+            up in the network), or demo: the toolkit's embedded base, where it is installed beside this package.
 
     Raises:
         UsageError: there is no tokenizer that can be read.
     """
-    path = Path(place)
+    path = _demo() if place == DEMO else Path(place)
     if path.is_file():
         return {path.stem: _from_file(path)}
     if path.is_dir():
@@ -51,6 +53,14 @@ def load_tokenizers(place: str) -> Tokenizers:
         f"--tokenizer {shown(place)} is neither a file, a folder nor a hub id; give a tokenizer.json, or the folder "
         "of the base model."
     )
+
+
+def _demo() -> Path:
+    toolkit = find_spec("finetune")
+    folder = Path(toolkit.origin).parent / "demo" / "base" if toolkit and toolkit.origin else None
+    if folder is None or not folder.is_dir():
+        raise UsageError("--tokenizer demo: the toolkit's embedded base is not installed; give a folder or a hub id.")
+    return folder
 
 
 def _from_folder(folder: Path) -> Tokenizer:
@@ -103,6 +113,4 @@ def _through_transformers(place: str, subfolder: str) -> Tokenizer:
             "that holds tokenizer.json, or the folder of the base model."
         ) from error
     room = loaded.model_max_length
-    return Tokenizer(
-        lambda text: len(loaded(text, truncation=False).input_ids), room if room < 10**6 else CLIP_ROOM
-    )
+    return Tokenizer(lambda text: len(loaded(text, truncation=False).input_ids), room if room < 10**6 else CLIP_ROOM)

@@ -35,15 +35,15 @@ def caption_facts(records: Sequence[ImageRecord], tokenizers: Tokenizers) -> dic
     filled = [caption for caption in captions if caption]
     tagged = sum(caption.count(",") >= 2 for caption in filled) > TAG_SHARE * len(filled) > 0
     pictures = sum(bool(record.captions) for record in records)
+    counts = {name: [tokenizer.count(caption) for caption in captions] for name, tokenizer in tokenizers.items()}
+    cut = {i for name, numbers in counts.items() for i, number in enumerate(numbers) if number > tokenizers[name].room}
     return {
         "captions": len(captions),
         "empty": len(captions) - len(filled),
         "pictures_without": len(records) - pictures,
         "words": [len(words_of(caption)) for caption in captions],
-        "tokens": {
-            name: {"room": tokenizer.room, "counts": [tokenizer.count(caption) for caption in captions]}
-            for name, tokenizer in tokenizers.items()
-        },
+        "tokens": {name: {"room": tokenizers[name].room, "counts": numbers} for name, numbers in counts.items()},
+        "cut": len(cut),
         "frequent_words": _frequent(
             ({word for caption in r.captions for word in words_of(caption)} - COMMON for r in records), pictures
         ),

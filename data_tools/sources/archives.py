@@ -10,7 +10,7 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -111,11 +111,12 @@ def _unpack(path: Path, prefix: str) -> Iterator[File | Problem]:
 def _read_zip(archive: zipfile.ZipFile, path: Path, prefix: str) -> Iterator[File | Problem]:
     # keep: not info.is_dir(), which fails on an empty name.
     infos = [info for info in archive.infolist() if not info.filename.endswith("/")]
-    members = [Member(info.filename, info.file_size, _zip_oddity(info)) for info in infos]
-    plan = _Plan(path, members)
-    yield from plan.left_aside(prefix)
-    for info, member in zip(infos, members, strict=True):
-        name = plan.target(member)
+    plan = _Plan(path)
+    for info in infos:
+        plan.see(Member(info.filename, info.file_size, _zip_oddity(info)))
+    yield from plan.settled(prefix)
+    for info in infos:
+        name = plan.target(info.filename)
         if name is not None:
             # keep: zipfile reads the stated size and compares the checksum, so a lying header gives no more bytes.
             yield File(prefix + name, archive.read(info))
@@ -128,23 +129,21 @@ def _zip_oddity(info: zipfile.ZipInfo) -> str | None:
 
 
 def _read_tar(path: Path, prefix: str) -> Iterator[File | Problem]:
-    packed = path.stat().st_size
-    members = []
+    plan = _Plan(path)
     with tarfile.open(path) as archive:
         for info in archive:
             if not info.isdir():
-                members.append(Member(info.name, info.size, _tar_oddity(info)))
-            # keep: while reading, because a packed stream of headers alone can be endless.
-            _check_size(path, len(members), info.offset_data + info.size, packed)
+                plan.see(Member(info.name, info.size, _tar_oddity(info)))
+            # keep: here as well, because a packed stream of headers alone can be endless.
+            plan.check_size(info.offset_data + info.size)
             _forget_headers(archive)
         _check_end(archive)
-    plan = _Plan(path, members)
-    yield from plan.left_aside(prefix)
+    yield from plan.settled(prefix)
     with tarfile.open(path) as archive:
         for info in archive:
             if info.isdir():
                 continue
-            name = plan.target(Member(info.name, info.size, _tar_oddity(info)))
+            name = plan.target(info.name)
             stream = archive.extractfile(info) if name is not None and info.isreg() else None
             if stream is not None:
                 yield File(f"{prefix}{name}", stream.read(info.size))
@@ -170,50 +169,75 @@ def _tar_oddity(info: tarfile.TarInfo) -> str | None:
     return None if info.isreg() else "is no plain file"
 
 
-def _check_size(path: Path, members: int, unpacked: int, packed: int) -> None:
-    too_many = members > MAX_MEMBERS
-    if too_many or unpacked > max(SMALL, MAX_RATIO * packed):
-        found = f"more than {MAX_MEMBERS:,} files" if too_many else f"{unpacked:,} bytes or more from {packed:,}"
-        raise DataToolsError(
-            f"{shown(str(path))} would unpack to {found}; this is a decompression bomb, or no archive of pictures. "
-            "Nothing was written; unpack it by hand if you trust it.",
-            exit_code=UNSAFE,
-        )
-
-
 class _Plan:
-    """Which members of one archive go where; made, and refused, before anything is written."""
+    """What one archive holds: looked at member by member, refused before anything is written; then what goes where."""
 
-    def __init__(self, path: Path, members: Sequence[Member]) -> None:
-        _check_size(path, len(members), sum(member.size for member in members), path.stat().st_size)
-        problems = [problem for member in members if (problem := _refusal(member)) is not None]
-        if problems:
+    def __init__(self, path: Path) -> None:
+        self.path, self.packed = path, path.stat().st_size
+        self.members = self.unpacked = 0
+        self.refused: list[Problem] = []
+        self.aside: list[str] = []
+        self.tops: set[str] = set()
+
+    def see(self, member: Member) -> None:
+        """Take a member into account.
+
+        Raises:
+            DataToolsError: there are too many by now, or too large ones; exit code 8.
+        """
+        self.members += 1
+        self.unpacked += member.size
+        self.check_size(self.unpacked)
+        refusal = _refusal(member)
+        if refusal is not None:
+            self.refused.append(refusal)
+        if _wanted(member.name):
+            self.tops.add(_top(member.name))
+        else:
+            self.aside.append(member.name)
+
+    def check_size(self, unpacked: int) -> None:
+        """Stop at what would unpack to too much."""
+        too_many = self.members > MAX_MEMBERS
+        if too_many or unpacked > max(SMALL, MAX_RATIO * self.packed):
+            sizes = f"{unpacked:,} bytes or more from {self.packed:,}"
+            found = f"more than {MAX_MEMBERS:,} files" if too_many else sizes
             raise DataToolsError(
-                f"{shown(str(path))} is refused, and nothing was written:", grouped(problems), exit_code=UNSAFE
+                f"{shown(str(self.path))} would unpack to {found}; this is a decompression bomb, or no archive of "
+                "pictures. Nothing was written; unpack it by hand if you trust it.",
+                exit_code=UNSAFE,
             )
-        self.members = members
-        self.top = _common_top([member.name for member in members if _wanted(member.name)])
-        self.seen: set[str] = set()
 
-    def target(self, member: Member) -> str | None:
+    def settled(self, prefix: str) -> Iterator[Problem]:
+        """A note on each member that is not unpacked, when all have been seen.
+
+        Raises:
+            DataToolsError: naming each member that makes the archive one not to be trusted; exit code 8.
+        """
+        if self.refused:
+            raise DataToolsError(
+                f"{shown(str(self.path))} is refused, and nothing was written:",
+                grouped(self.refused),
+                exit_code=UNSAFE,
+            )
+        for name in self.aside:
+            yield Problem(
+                f"{prefix}{name}",
+                f"is left aside ({PurePosixPath(name).suffix.lower() or 'no file ending'})",
+                "it is hidden, or its ending is none of a picture, caption or metadata",
+                "unpack it by hand if it belongs to the dataset",
+                "note",
+            )
+
+    def target(self, member: str) -> str | None:
         """The member's name in the new folder; None when it is left aside."""
-        if not _wanted(member.name):
+        if not _wanted(member):
             return None
-        name = inside(member.name)
+        name = inside(member)
         assert name is not None, "names were checked before"
-        return name.removeprefix(self.top)
-
-    def left_aside(self, prefix: str) -> Iterator[Problem]:
-        """A note on each member that is not unpacked."""
-        for member in self.members:
-            if not _wanted(member.name):
-                yield Problem(
-                    f"{prefix}{member.name}",
-                    f"is left aside ({PurePosixPath(member.name).suffix.lower() or 'no file ending'})",
-                    "it is hidden, or its ending is none of a picture, caption or metadata",
-                    "unpack it by hand if it belongs to the dataset",
-                    "note",
-                )
+        # keep: one folder around everything goes; a kohya folder stays, because its name counts.
+        top = next(iter(self.tops)) if len(self.tops) == 1 else ""
+        return name.removeprefix(f"{top}/") if top and parse(top) is None else name
 
 
 def _refusal(member: Member) -> Problem | None:
@@ -239,8 +263,7 @@ def _wanted(name: str) -> bool:
     return not hidden and (path.suffix.lower() in (*SUFFIXES, *SIDECARS) or path.name in METADATA)
 
 
-def _common_top(names: Sequence[str]) -> str:
-    """The one folder that holds everything, with its slash; a kohya folder stays, because its name counts."""
-    tops = {str(PurePosixPath(name)).split("/", 1)[0] if "/" in str(PurePosixPath(name)) else "" for name in names}
-    top = tops.pop() if len(tops) == 1 else ""
-    return f"{top}/" if top and parse(top) is None else ""
+def _top(name: str) -> str:
+    """The first folder of a name; empty where it lies in none."""
+    first, slash, _ = str(PurePosixPath(name)).partition("/")
+    return first if slash else ""

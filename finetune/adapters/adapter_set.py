@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.adapters.beside import Beside
-from finetune.adapters.files import AdapterFile, AdapterHeader
+from finetune.adapters.files import TOKENS, AdapterFile, AdapterHeader
 from finetune.adapters.methods import METHODS
 from finetune.adapters.parts import Part, Target
 from finetune.adapters.tokens import Words, WordTarget
@@ -45,6 +45,23 @@ class AdapterSet:
             {"params": parameters, "lr": rate, "name": f"{component} at {rate:g}"}
             for (component, rate), parameters in groups.items()
         ]
+
+    def rates(self) -> dict[str, list[float]]:
+        """Network, or "words", -> its learning rates, rising."""
+        found: dict[str, set[float]] = {}
+        for part in self._parts:
+            for name, rate in part.learning_rates().items():
+                found.setdefault("words" if f".{TOKENS}." in name else name.partition(".")[0], set()).add(rate)
+        return {what: sorted(rates) for what, rates in found.items()}
+
+    def told_rates(self) -> str:
+        """The learning rates in words: one number if all are alike."""
+        told = {
+            what: f"{rates[0]:g}" + (f" to {rates[-1]:g}" if len(rates) > 1 else "")
+            for what, rates in self.rates().items()
+        }
+        alike = set(told.values())
+        return alike.pop() if len(alike) == 1 else ", ".join(f"{rate} for {what}" for what, rate in told.items())
 
     def moving(self, step: int, steps: int, *, keep_graph: bool) -> dict[str, nn.Parameter]:
         """The parameters that optimizer step `step` (from 0) of `steps` still moves; the others stay as they are.

@@ -13,6 +13,7 @@ from peft import inject_adapter_in_model
 from peft.tuners.boft import layer as boft_layers
 from torch import Tensor, nn
 
+from data_tools.errors import counted
 from finetune.adapters.layers import LayerPlan
 from finetune.adapters.methods import METHODS, Where
 from finetune.adapters.parts import Target
@@ -113,7 +114,7 @@ class Beside:
         start_words = f", init {target.shape.init}" if target.shape.init != "default" else ""
         yield (
             f"Adapter, {target.disk_prefix}",
-            f"{target.method}{width}{start_words}, {len(self._plans)} layers, {size:,} parameters",
+            f"{target.method}{width}{start_words}, {counted(len(self._plans), 'layer')}, {size:,} parameters",
         )
 
     def _canonical(self, name: str) -> str:

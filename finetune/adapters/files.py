@@ -28,8 +28,6 @@ from finetune import storage
 from finetune.adapters.updates import UPDATES
 from finetune.errors import CheckpointError
 
-ADAPTER_FILE = "adapter.safetensors"
-"""Name of the finished adapter in a run folder."""
 DOWN = ".lora_A.weight"
 UP = ".lora_B.weight"
 TOKENS = "token_embedding"

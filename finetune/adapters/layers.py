@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from data_tools.errors import counted
 from finetune.adapters.methods import EVERYTHING, METHODS, Shape, storage_of
 from finetune.adapters.starts import SUBTRACTED
 
@@ -111,6 +112,11 @@ def plan_layers(
             if i not in used
         ]
         problems += _refused(wish, network, module, plans)
+        if wish.conv is not None and not any(_is_large_conv(module.get_submodule(name)) for name in names):
+            problems.append(
+                f"{wish.section}.conv_rank or conv_alpha is set, but none of the {len(names)} targeted layers of "
+                f"{network} is a convolution larger than 1x1; use targets=all, or leave them out"
+            )
     return plans, problems
 
 
@@ -164,6 +170,8 @@ def _contradictions(wish: Wish) -> list[str]:
             "a block may set rank 0 or a learning_rate"
             for what in differing
         ]
+    if shape.alpha != shape.rank and not method.per_layer:
+        problems.append(f"{section}.alpha={shape.alpha:g} has no meaning for {wish.method}; leave it out")
     if shape.dropout and not method.dropout:
         problems.append(f"{section}.dropout={shape.dropout:g} has no meaning for {wish.method}; set it to 0")
     factors = tuple(name for name, entry in METHODS.items() if entry.factors)
@@ -215,14 +223,15 @@ def _refused(wish: Wish, network: str, module: nn.Module, plans: dict[str, Layer
     """Layers that the method cannot change, each with the reason; the first few are named."""
     reasons = [(name, why) for name in plans if (why := _refusal(wish, module.get_submodule(name), plans[name].rank))]
     lines = [f"{wish.section}.method={wish.method}: {network}.{name} {why}" for name, why in reasons[:SHOWN]]
-    return lines + ([f"and so do {len(reasons) - SHOWN} more layers of {network}"] if len(reasons) > SHOWN else [])
+    more = len(reasons) - SHOWN
+    return lines + ([f"and so do {counted(more, 'more layer')} of {network}"] if more > 0 else [])
 
 
 def _refusal(wish: Wish, layer: nn.Module, rank: int) -> str | None:
     method, held = METHODS[wish.method], storage_of(layer)
     if held not in method.storage:
         return (
-            f"holds its weight as {held} numbers, which {wish.method} cannot compute with; use lora, or "
+            f"holds its weight otherwise ({held}), which {wish.method} cannot compute with; use lora, or "
             "model.storage=full"
         )
     if held == "packed" and wish.shape.init in SUBTRACTED:

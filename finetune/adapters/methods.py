@@ -171,8 +171,12 @@ def rotatable(layer: nn.Module, shape: Shape) -> str | None:
 
 
 def storage_of(layer: nn.Module) -> str:
-    """How a layer's weight is held: "plain" numbers it computes with, "fp8", or "packed" bits (bitsandbytes)."""
+    """How a layer's weight is held: "plain" numbers it computes with, "fp8", "packed" bits (bitsandbytes), or on the
+    "host", where the layer may not compute.
+    """
     weight = getattr(layer, "weight", None)
+    if hasattr(layer, "resident"):
+        return "host"
     # keep: bitsandbytes packs a weight when it is moved to its device, which may be later.
     if type(weight).__name__ in ("Params4bit", "Int8Params"):
         return "packed"
@@ -201,13 +205,13 @@ class Method:
     dropout: bool = True
     factors: bool = False
     beside: bool = True
-    storage: frozenset[str] = frozenset({"plain", "fp8"})
+    storage: frozenset[str] = frozenset({"plain", "fp8", "host"})
 
 
 EVERYTHING = "everything"
 """The preset of all layers that hold weights, norms and embeddings among them."""
 
-ANY_STORAGE = frozenset({"plain", "fp8", "packed"})
+ANY_STORAGE = frozenset({"plain", "fp8", "host", "packed"})
 PLAIN = frozenset({"plain"})
 """For methods that compute with the layer's own weight in every step."""
 

@@ -65,6 +65,12 @@ class WordEmbedding(nn.Module):
         self.register_buffer("starts", torch.cat(starts).float(), persistent=False)
         self.at_start = False
 
+    @property
+    def weight(self) -> Tensor:
+        """The table as it was, without the words."""
+        weight: Tensor = self.base_layer.weight
+        return weight
+
     def forward(self, tokens: Tensor) -> Tensor:
         """Embeddings of shape (*tokens.shape, width), in the table's number format."""
         new = tokens >= self.first
@@ -174,22 +180,52 @@ def start_vectors(table: Any, tokenizer: Any, text: str, count: int) -> Tensor:
 def words_applied(encoder: nn.Module, tokenizer: Any, words: Mapping[str, Tensor]) -> Iterator[Any]:
     """While the block runs the encoder knows `words`, word -> vectors (vectors, width); gives a tokenizer that does.
 
+    Blocks may be nested. A word that an outer block has taught already is taken once if it means the same.
+
     Raises:
-        CheckpointError: if the base's tokenizer has such a word, or vectors have another width than its embedding.
+        CheckpointError: if the base's tokenizer has such a word, an outer block gave it another meaning, or vectors
+            have another width than the base's embedding.
     """
     network: Any = encoder
     table, knowing = network.get_input_embeddings(), copy.deepcopy(tokenizer)
-    problems = add_words(knowing, {word: len(vectors) for word, vectors in words.items()})
-    problems += [
-        f"{word} has vectors of {vectors.shape[1]} numbers, the base's embedding has {table.weight.shape[1]}"
+    width = table.weight.shape[1]
+    problems = [
+        f"{word} has vectors of {vectors.shape[1]} numbers, the base's embedding has {width}"
         for word, vectors in words.items()
-        if vectors.shape[1] != table.weight.shape[1]
+        if vectors.shape[1] != width
     ]
+    known = {word: same for word in words if not problems and (same := _known(table, tokenizer, word, words[word]))}
+    problems += [f"{word} means one thing in one adapter and another in the next; give one of them only"
+                 for word, same in known.items() if same == "other"]  # fmt: skip
+    new = {word: vectors for word, vectors in words.items() if word not in known}
+    problems += add_words(knowing, {word: len(vectors) for word, vectors in new.items()})
     if problems:
         raise CheckpointError("The learned words do not fit the base:", problems)
-    first = knowing.convert_tokens_to_ids(next(iter(words)))
-    network.set_input_embeddings(WordEmbedding(table, first, list(words.values())).to(table.weight.device))
+    if new:
+        first = knowing.convert_tokens_to_ids(next(iter(new)))
+        network.set_input_embeddings(WordEmbedding(table, first, list(new.values())).to(table.weight.device))
     try:
         yield knowing
     finally:
         network.set_input_embeddings(table)
+
+
+@torch.no_grad()
+def _known(table: nn.Module, tokenizer: Any, word: str, vectors: Tensor) -> str:
+    """"same" or "other": what a word means that other files have taught already; empty if none has.
+
+    Files of several number formats may hold the same word, so half precision's rounding does not count.
+    """
+    taught = tokenizer.get_vocab()
+    inner, first = table, len(taught)
+    while isinstance(inner, WordEmbedding):
+        inner, first = inner.base_layer, inner.first
+    if taught.get(word, -1) < first:
+        return ""
+    names = names_of(word, len(vectors) + 1)
+    if names[-1] in taught or any(name not in taught for name in names[:-1]):
+        return "other"
+    ids = torch.tensor([taught[name] for name in names[:-1]], device=table.weight.device)
+    difference = (table(ids).float().cpu() - vectors.float().cpu()).abs().max()
+    rounding = max(2**-10, torch.finfo(table.weight.dtype).eps)
+    return "same" if difference <= rounding * vectors.abs().max() else "other"

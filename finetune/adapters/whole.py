@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from data_tools.errors import counted
 from finetune.adapters.parts import Target
 
 
@@ -68,7 +69,8 @@ class Whole:
     def describe(self) -> Iterator[tuple[str, str]]:
         """See `parts.Part`."""
         size = sum(parameter.numel() for parameter in self.parameters.values())
-        yield f"Trained whole, {self._target.disk_prefix}", f"{len(self._target.layers)} layers, {size:,} weights"
+        layers = counted(len(self._target.layers), "layer")
+        yield f"Trained whole, {self._target.disk_prefix}", f"{layers}, {size:,} weights"
 
     @torch.no_grad()
     def _put(self, values: dict[str, Tensor]) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import typer
 from rich.console import Console
+from typer.models import CommandInfo, TyperInfo
 
 from data_tools.cli import app as data_app
 from data_tools.errors import DataToolsError
@@ -20,7 +21,34 @@ from finetune.run_files import change_run
 
 COMMANDS = (train, watch, plan, show, sample, export, inspect, convert, merge, cache)
 """Modules whose import puts their commands on the application."""
-app.add_typer(data_app, name="data", help="Look at a folder of pictures before training: scan, clean, caption, report.")
+INTERRUPTED = 130
+"""Exit code after Ctrl-C where nothing could be finished first."""
+PANELS = {
+    "Start here": ("demo", "init", "show"),
+    "Your pictures": ("cache", "data"),
+    "Train": ("plan", "train", "watch"),
+    "Use what was learned": ("sample", "export", "build", "push"),
+    "Adapter files of any make": ("inspect", "convert", "merge", "resize", "extract", "diff"),
+}
+"""Where and in which order the help lists the commands; a test holds the names against the commands."""
+
+
+def _arrange() -> None:
+    app.add_typer(data_app, name="data", help="Look after a folder of pictures: scan, clean, caption, mask, report.")
+    panel_of = {name: panel for panel, names in PANELS.items() for name in names}
+    place_of = list(panel_of)
+    everything: list[CommandInfo | TyperInfo] = [*app.registered_commands, *app.registered_groups]
+    for registered in everything:
+        registered.rich_help_panel = panel_of[command_name(registered)]
+    app.registered_commands.sort(key=lambda registered: place_of.index(command_name(registered)))
+
+
+def command_name(registered: CommandInfo | TyperInfo) -> str:
+    """What the user types."""
+    return str(registered.name or getattr(registered.callback, "__name__", ""))
+
+
+_arrange()
 
 
 def run_recipe(run: Run) -> None:
@@ -58,6 +86,10 @@ def _guarded(call: Callable[[], object]) -> None:
     except (UserError, DataToolsError) as error:
         errors.print(str(error), markup=False, style="red", soft_wrap=True)
         raise SystemExit(error.exit_code) from None
+    except SystemExit as done:
+        if done.code == INTERRUPTED:
+            errors.print("Interrupted. What was finished is kept; the same command goes on from there.", style="red")
+        raise
 
 
 __all__ = ["COMMANDS", "app", "main", "run_recipe"]

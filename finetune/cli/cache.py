@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 import finetune
+from data_tools.errors import counted
 from finetune.cli.app import app
 from finetune.console import ConsoleReporter
 from finetune.errors import ConfigError, DataError
@@ -20,13 +21,23 @@ def cache(
         bool, typer.Option("--check", help="Compare every entry with its checksum; exit code 3 if one is damaged.")
     ] = False,
     prune: Annotated[
-        bool, typer.Option("--prune", help="Remove damaged, half-written and outdated files, and those --unused names.")
+        bool,
+        typer.Option("--prune", help="Remove damaged and half-written files, and those that --unused names."),
     ] = False,
     unused: Annotated[
-        float | None, typer.Option(metavar="DAYS", min=0, help="Also name shards that no run has used for these days.")
+        float | None, typer.Option(metavar="DAYS", min=0, help="Also name files that no run has used for these days.")
     ] = None,
 ) -> None:  # fmt: skip
-    """Show what is in a cache of encoded pictures, masks and captions; nothing is deleted unless --prune asks."""
+    """Show what is in a cache of encoded pictures, masks and captions; nothing is deleted unless --prune asks.
+
+    Training encodes pictures and captions once and keeps them here, so that steps and later runs need not.
+
+    Examples:
+
+      finetune cache runs/mine --check
+
+      finetune cache shared-cache --unused 30 --prune
+    """
     if prune and check:
         raise ConfigError("--check looks and --prune removes; give one of them (--prune checks as well).")
     reporter = ConsoleReporter()
@@ -37,6 +48,6 @@ def cache(
     reporter.table(f"Cache in {found.folder}", found.rows())
     if check and damaged:
         raise DataError(
-            f"{len(damaged)} shards are damaged; no run reads them, and what was in them is encoded again.",
+            f"{counted(len(damaged), 'file is', 'files are')} damaged; no run reads such, it encodes anew.",
             [*(str(path) for path in damaged[:20]), f"`finetune cache {folder} --prune` removes them"],
         )

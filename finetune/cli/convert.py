@@ -8,21 +8,45 @@ from typing import Annotated
 import typer
 
 import finetune
+from finetune import before
 from finetune.cli.app import app, base_path
+from finetune.cli.options import choice
 from finetune.console import ConsoleReporter
+from finetune.interchange import asked
 
-Adapter = Annotated[Path, typer.Argument(help="A .safetensors file, a PEFT folder, or a run's folder.")]
+READ = "A .safetensors file of any layout, a PEFT folder, or a run folder."
+SHARE = {"rich_help_panel": "How much is kept: one of these"}
+WRITTEN = {"rich_help_panel": "The new file"}
+
+Adapter = Annotated[Path, typer.Argument(help=READ)]
 Target = Annotated[Path, typer.Argument(help="The new .safetensors file; a folder for --to peft.")]
 Layout = Annotated[
-    str, typer.Option(help="kohya (A1111, Forge, ComfyUI, InvokeAI, sd-scripts), diffusers, peft or ours.")
+    str,
+    choice(
+        "layout (--to)",
+        asked.LAYOUTS,
+        help="kohya is read by A1111, Forge, ComfyUI, InvokeAI and sd-scripts.",
+        **WRITTEN,
+    ),
+]
+Dtype = Annotated[
+    str | None,
+    choice("number format (--dtype)", asked.NUMBER_FORMATS, help="Default: as in the source.", **WRITTEN),
 ]
 Base = Annotated[
     Path | None,
     typer.Option(
-        help="Pipeline folder of its base, if that is of no published size.", parser=base_path, metavar="PATH"
+        metavar="PATH",
+        parser=base_path,
+        help="Diffusers folder of its base, needed if that is not one of the published models; demo: the embedded one.",
     ),
 ]
-Dtype = Annotated[str, typer.Option(help="fp32, fp16 or bf16; default: as in the source.")]
+Energy = Annotated[
+    float | None, typer.Option(help="Share of the squared singular values to keep, per layer: 0.95.", **SHARE)
+]
+Frobenius = Annotated[
+    float | None, typer.Option(help="Share of the Frobenius norm to keep, per layer: 0.95.", **SHARE)
+]
 
 
 @app.command()
@@ -33,21 +57,35 @@ def convert(
     base: Annotated[
         Path | None,
         typer.Option(
-            help="Its base: a folder if of no published size; any, to measure what --allow-lossy loses.",
-            parser=base_path,
             metavar="PATH",
+            parser=base_path,
+            help="Its base: a diffusers folder if it is not one of the published models; a folder or file to measure "
+            "what --allow-lossy loses.",
         ),
     ] = None,
-    dtype: Dtype = "",
+    dtype: Dtype = None,
     allow_lossy: Annotated[
-        bool, typer.Option(help="Write what the layout cannot say exactly too; the loss is measured and noted.")
+        bool, typer.Option("--allow-lossy", help="Write what the layout cannot say exactly too; the loss is measured.")
     ] = False,
-    rank: Annotated[int, typer.Option(help="Of the LoRA that then stands in for another method.")] = 64,
+    rank: Annotated[
+        int, typer.Option(min=1, help="With --allow-lossy: of the LoRA that stands in for another method.")
+    ] = 64,
 ) -> None:
-    """Put an adapter of any make into another layout, exactly or not at all; the new file is read back and compared."""
+    """Put an adapter of any make into another layout, exactly or not at all; the new file is read back and compared.
+
+    Read are kohya, LyCORIS, diffusers old and new, PEFT, OneTrainer, ai-toolkit and SimpleTuner files.
+
+    Examples:
+
+      finetune convert from-civitai.safetensors mine.safetensors --to diffusers
+
+      finetune convert dora.safetensors lora.safetensors --to kohya --allow-lossy --base sd15.safetensors
+    """
+    asked.check_target(target, to, [source])
+    before.files([source])
     reporter = ConsoleReporter()
     done = finetune.convert_adapter(
-        source, target, to=to, dtype=dtype, base=base, allow_lossy=allow_lossy, rank=rank, reporter=reporter
+        source, target, to=to, dtype=dtype or "", base=base, allow_lossy=allow_lossy, rank=rank, reporter=reporter
     )
     reporter.table("Converted", done.rows())
 
@@ -56,44 +94,74 @@ def convert(
 def resize(  # noqa: PLR0913, PLR0917 - what the user chooses
     source: Adapter,
     target: Target,
-    rank: Annotated[int, typer.Option(help="The rank; with a share below: the largest rank.")] = 0,
-    energy: Annotated[float, typer.Option(help="Share of the squared singular values to keep, per layer: 0.95.")] = 0.0,
-    frobenius: Annotated[float, typer.Option(help="Share of the Frobenius norm to keep, per layer: 0.95.")] = 0.0,
-    ratio: Annotated[float, typer.Option(help="Keep singular values of at least 1/RATIO of the largest: 10.")] = 0.0,
+    rank: Annotated[int | None, typer.Option(help="The rank; beside a share: the largest.", **SHARE)] = None,
+    energy: Energy = None,
+    frobenius: Frobenius = None,
+    ratio: Annotated[
+        float | None, typer.Option(help="Keep singular values of at least 1/RATIO of the largest: 10.", **SHARE)
+    ] = None,
     to: Layout = "kohya",
     base: Base = None,
-    dtype: Dtype = "",
+    dtype: Dtype = None,
 ) -> None:
-    """Give an adapter another rank: --rank 16, or as much as a share of each layer needs, such as --energy 0.95."""
-    reporter = ConsoleReporter()
+    """Give an adapter another rank: a smaller file that does nearly the same.
+
+    Each layer keeps its largest singular values; how much of the change that is, is measured and told.
+
+    Examples:
+
+      finetune resize big.safetensors small.safetensors --rank 16
+
+      finetune resize big.safetensors small.safetensors --energy 0.95
+    """
     shares = {"energy": energy, "frobenius": frobenius, "ratio": ratio}
+    asked.check_rank(rank, shares)
+    asked.check_target(target, to, [source])
+    before.files([source])
+    reporter = ConsoleReporter()
     resized, written = finetune.resize_adapter(
-        source, target, rank=rank, shares=shares, to=to, dtype=dtype, base=base, reporter=reporter
+        source, target, rank=rank, shares=shares, to=to, dtype=dtype or "", base=base, reporter=reporter
     )
     reporter.table("Resized", [*resized.rows(), *written.rows()])
 
 
 @app.command()
 def extract(  # noqa: PLR0913, PLR0917 - what the user chooses
-    tuned: Annotated[Path, typer.Argument(help="The trained model: a pipeline folder or a single .safetensors file.")],
+    tuned: Annotated[Path, typer.Argument(help="The trained model: a diffusers folder or a .safetensors file.")],
     original: Annotated[
-        Path, typer.Argument(help="The model it was trained from.", parser=base_path, metavar="ORIGINAL")
+        Path,
+        typer.Argument(metavar="ORIGINAL", parser=base_path, help="The model it was trained from, of the same kind."),
     ],
     target: Target,
-    rank: Annotated[int, typer.Option(help="The rank; with a share below: the largest rank.")] = 64,
-    energy: Annotated[float, typer.Option(help="Share of the squared singular values to keep, per layer: 0.95.")] = 0.0,
-    frobenius: Annotated[float, typer.Option(help="Share of the Frobenius norm to keep, per layer: 0.95.")] = 0.0,
+    rank: Annotated[int, typer.Option(help="The rank; beside a share: the largest.", **SHARE)] = 64,
+    energy: Energy = None,
+    frobenius: Frobenius = None,
     network: Annotated[
-        list[str] | None, typer.Option(help="unet, text_encoder, ...; repeatable. Default: all.")
+        list[str] | None,
+        typer.Option(help="Take only this one: unet, transformer, text_encoder, ... Repeatable. Default: all."),
     ] = None,
     convolutions: Annotated[bool, typer.Option(help="Take 3x3 convolutions too.")] = True,
     to: Layout = "kohya",
     base: Base = None,
-    dtype: Dtype = "",
+    dtype: Annotated[
+        str, choice("number format (--dtype)", asked.NUMBER_FORMATS, help="What the file is written in.", **WRITTEN)
+    ] = "fp16",
 ) -> None:
-    """Get an adapter out of a fine-tuned model: the best LoRA for the difference to its base, and what it keeps."""
-    reporter = ConsoleReporter()
+    """Get an adapter out of a fine-tuned model: the best LoRA for the difference to its base, and what it keeps.
+
+    Both models may be folders or single files.
+
+    Examples:
+
+      finetune extract tuned.safetensors sd15.safetensors lora.safetensors --rank 64
+
+      finetune extract tuned/ base/ lora.safetensors --energy 0.98 --network unet
+    """
     shares = {"energy": energy, "frobenius": frobenius}
+    asked.check_rank(rank, shares)
+    asked.check_target(target, to, [tuned, original])
+    before.models([tuned, original])
+    reporter = ConsoleReporter()
     extracted, written = finetune.extract_adapter(
         tuned, original, target, rank=rank, shares=shares, components=tuple(network or ()), convolutions=convolutions,
         to=to, dtype=dtype, base=base, reporter=reporter,

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 import finetune
+from data_tools.errors import counted
 from finetune.cli.app import app, base_path
 from finetune.console import ConsoleReporter
 
@@ -29,14 +30,25 @@ def inspect_file(
     base: Annotated[
         Path | None,
         typer.Option(
-            help="Pipeline folder of its base, if that is of no published size.", parser=base_path, metavar="PATH"
+            metavar="PATH",
+            parser=base_path,
+            help="Diffusers folder of its base, if that is not one of the published models; demo: the embedded one.",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Everything, for programs.")] = False,
-    hashes: Annotated[bool, typer.Option(help="Hash files above 1 GB too.")] = False,
+    hashes: Annotated[bool, typer.Option("--hashes", help="Hash files above 1 GB too.")] = False,
     norms: Annotated[bool, typer.Option(help="Measure how much each block is changed.")] = True,
 ) -> None:
-    """Say what a file is: layout, method, ranks, strength per block, trigger words, and which programs load it."""
+    """Say what a file is: layout, method, ranks, strength per block, trigger words, and which programs load it.
+
+    For adapters of any make, checkpoints and learned words; nothing in the file is run.
+
+    Examples:
+
+      finetune inspect cat.safetensors
+
+      finetune inspect runs/mine --json
+    """
     facts = finetune.inspect_file(file, base, hashes=hashes, norms=norms)
     if as_json:
         typer.echo(json.dumps(facts.as_dict(), indent=2, ensure_ascii=False))
@@ -60,7 +72,7 @@ def _summary(facts: Facts) -> Table:
     rows = {
         "what": f"{facts.kind}, {facts.layout} layout" if facts.kind == "adapter" else facts.kind,
         "for": " or ".join(facts.candidates) if facts.candidates else facts.base,
-        "size": f"{facts.bytes:,} bytes, {facts.tensors} tensors ({formats}), {facts.parameters:,} numbers",
+        "size": f"{facts.bytes:,} bytes, {counted(facts.tensors, 'tensor')} ({formats}), {facts.parameters:,} numbers",
         **{f"method, {name}": _counts(counts) for name, counts in facts.methods.items()},
         **{f"rank, {name}": _counts(counts) for name, counts in facts.ranks.items()},
         **{f"alpha / rank, {name}": _counts(counts) for name, counts in facts.scales.items()},
@@ -116,5 +128,5 @@ def _titled(title: str) -> Table:
 
 def _counts(counts: dict[str, int]) -> str:
     ordered = sorted(counts.items(), key=lambda item: -item[1])
-    more = f" and {len(ordered) - LISTED} more values" if len(ordered) > LISTED else ""
+    more = f" and {counted(len(ordered) - LISTED, 'more value')}" if len(ordered) > LISTED else ""
     return ", ".join(f"{value} ({count})" if len(ordered) > 1 else value for value, count in ordered[:LISTED]) + more

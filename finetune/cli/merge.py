@@ -12,54 +12,93 @@ from rich.table import Table
 from rich.text import Text
 
 import finetune
+from finetune import before
 from finetune.cli.app import app, base_path
-from finetune.cli.convert import Base, Dtype, Layout
+from finetune.cli.convert import WRITTEN, Base, Layout
+from finetune.cli.options import choice
 from finetune.console import ConsoleReporter
 from finetune.errors import ConfigError
+from finetune.interchange import asked
+from finetune.weighted import parse_weighted
 
 
 @app.command()
 def merge(  # noqa: PLR0913, PLR0917 - what the user chooses
-    adapters: Annotated[list[str], typer.Argument(help="Files of any layout, with their weights: cat.safetensors@0.8")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The new file; with --into a folder for a folder.")],
+    adapters: Annotated[
+        list[str],
+        typer.Argument(metavar="ADAPTER", help="Files of any layout, with their weights: cat.safetensors@0.8."),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The new file; with --into a folder, the new folder.", **WRITTEN)
+    ],
     how: Annotated[
         str,
-        typer.Option(
+        choice(
+            "way of merging (--how)",
+            asked.WAYS,
             help="concat: the exact sum, ranks add up. svd: its best approximation at --rank. linear: adds factors, "
-            "for checkpoints of one run. ties, dare: sums of what agrees, or of a random share."
+            "for checkpoints of one run. ties, dare: sums of what agrees, or of a random share.",
         ),
     ] = "concat",
     into: Annotated[
         Path | None,
         typer.Option(
-            help="Add them into this base: a pipeline folder or a single file.", parser=base_path, metavar="PATH"
+            help="Add them into this base instead: a diffusers folder or a .safetensors file.",
+            parser=base_path,
+            metavar="PATH",
         ),
     ] = None,
-    rank: Annotated[int, typer.Option(help="Of the result of svd, ties and dare; default: the largest.")] = 0,
+    rank: Annotated[
+        int | None, typer.Option(help="Of the result of svd, ties and dare. Default: the adapters' largest.")
+    ] = None,
     density: Annotated[float, typer.Option(help="Share of values that ties and dare keep.")] = 0.5,
     seed: Annotated[int, typer.Option(help="Of the values that dare drops.")] = 0,
     to: Layout = "kohya",
     base: Base = None,
-    dtype: Dtype = "",
-    force: Annotated[bool, typer.Option(help="With --into: keep it although rounding takes much.")] = False,
+    dtype: Annotated[
+        str | None,
+        choice(
+            "number format (--dtype)",
+            asked.NUMBER_FORMATS,
+            help="Default: the widest of the adapters'; with --into the base's own.",
+            **WRITTEN,
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="With --into: keep it although rounding takes much of the change.")
+    ] = False,
 ) -> None:
-    """Make one adapter of several, or put them into a base model for good."""
+    """Make one adapter of several, or put them into a base model for good.
+
+    Weights stand behind an @; a negative one takes away. The result is read back and compared.
+
+    Examples:
+
+      finetune merge cat.safetensors@0.8 ink.safetensors -o both.safetensors
+
+      finetune merge cat.safetensors --into sd15.safetensors -o sd15-cat.safetensors --dtype fp32
+    """
+    asked.check_merge(rank, density)
+    paths = [parse_weighted(text)[0] for text in adapters]
     reporter = ConsoleReporter()
     settings = {"how": how, "rank": rank, "density": density, "seed": seed}
     if into:
-        given = {"--to": to != "kohya", "--dtype": dtype, "--rank": rank}
-        if unused := [name for name, value in given.items() if value]:
+        if unused := [name for name, given in {"--to": to != "kohya", "--rank": rank is not None}.items() if given]:
             raise ConfigError(
                 f"{' and '.join(unused)} would do nothing together with --into.",
-                ["the result is a model in the base's own layout and number format; leave them out."],
+                ["the result is a model in the base's own layout, and no rank limits it; leave them out."],
             )
+        before.files(paths)
+        before.models([into])
         done = finetune.merge_into_base(
-            adapters, into, output, settings=settings, force=force, base=base, reporter=reporter
+            adapters, into, output, settings=settings, dtype=dtype or "", force=force, base=base, reporter=reporter
         )
         reporter.table("Merged", done.rows())
         return
+    asked.check_target(output, to, paths)
+    before.files(paths)
     merged, written = finetune.merge_adapters(
-        adapters, output, settings=settings, to=to, dtype=dtype, base=base, reporter=reporter
+        adapters, output, settings=settings, to=to, dtype=dtype or "", base=base, reporter=reporter
     )
     exact = ("Against the exact sum", f"{merged.distance:.2%} away" if merged.distance > 1e-5 else "the same")
     reporter.table("Merged", [exact, *written.rows()])
@@ -72,7 +111,13 @@ def diff(
     base: Base = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
-    """Compare two adapters block by block: the angle between what they change, and which changes more."""
+    """Compare two adapters block by block: the angle between what they change, and which changes more.
+
+    Cosine 1: the same direction, 0: unrelated. Norm ratio 2: the second changes twice as much.
+
+    Example: finetune diff epoch-5.safetensors epoch-9.safetensors
+    """
+    before.files([first, second])
     found = finetune.diff_adapters(first, second, base)
     if as_json:
         typer.echo(json.dumps(asdict(found), indent=2))
@@ -85,4 +130,7 @@ def diff(
         counts = [str(count) for count in (row.both, row.only_first, row.only_second)]
         table.add_row(row.component, row.block, f"{row.cosine:+.4f}", f"{row.ratio:.4g}", *counts)
     table.add_row("all", "", f"{found.cosine:+.4f}", f"{found.ratio:.4g}", style="bold")
-    ConsoleReporter().console.print(table)
+    reporter = ConsoleReporter()
+    reporter.console.print(table)
+    for note in found.notes:
+        reporter.note(note)

@@ -2,144 +2,170 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 import finetune
 from finetune.cli.app import app
+from finetune.cli.options import takes
+from finetune.config import ModelConfig
 from finetune.console import ConsoleReporter
 from finetune.errors import ConfigError
 from finetune.prompt_lines import read_prompts
 from finetune.run_files import checked
+from finetune.sampling.again import model_again, wanted_again
+from finetune.sampling.papers import shot_of
+from finetune.sampling.wanted import Wanted, check, model_of
 from finetune.weighted import parse_weighted
 
 Value = TypeVar("Value")
-START, ADAPTERS, LOOK, STEER = "What to draw with", "Adapters", "The picture", "Pictures that steer"
-
-PromptsArgument = Annotated[
-    list[str] | None,
-    typer.Argument(
-        help="What to draw; (word:1.3) says a word louder. For one prompt only: a house --w 768 --h 512 --s 30 "
-        "--l 5 --d 7 --n blurry.",
-        show_default=False,
-    ),
-]
-BaseOption = Annotated[
-    str, typer.Option(help="demo, a folder, a .safetensors or a hub id; default: the run's.", rich_help_panel=START)
-]
-RunOption = Annotated[Path | None, typer.Option(help="A run folder: its base and its adapter.", rich_help_panel=START)]
-AdapterOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--adapter",
-        "-a",
-        metavar="FILE[@STRENGTH]",
-        rich_help_panel=ADAPTERS,
-        help="An adapter of any layout, at a strength: cat.safetensors@0.8. Repeatable; they add up.",
-    ),
-]
-StrengthsOption = Annotated[
-    str, typer.Option(metavar="0,0.5,1", help="One row of pictures per factor.", rich_help_panel=ADAPTERS)
-]
-RefinerOption = Annotated[
-    str,
-    typer.Option(
-        metavar="BASE[@0.8]",
-        rich_help_panel=START,
-        help="A second base that draws from this share of the schedule on (SDXL's refiner).",
-    ),
-]
-OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Folder of the pictures.")]
-PromptsFileOption = Annotated[Path | None, typer.Option("--prompts", help="A text file with one prompt per line.")]
-NegativeOption = Annotated[str, typer.Option(help="What to steer away from.", rich_help_panel=LOOK)]
-SeedOption = Annotated[int, typer.Option(min=0, help="Of the first picture of each prompt.", rich_help_panel=LOOK)]
-CountOption = Annotated[int, typer.Option("--count", "-n", help="Pictures per prompt.", rich_help_panel=LOOK)]
-StepsOption = Annotated[int, typer.Option(help="Denoising steps.", rich_help_panel=LOOK)]
-GuidanceOption = Annotated[
-    float | None, typer.Option(min=0, help="How closely to follow; default: 7.5, Flux 3.5.", rich_help_panel=LOOK)
-]
-WidthOption = Annotated[int | None, typer.Option(help="Pixels; default: the base's.", rich_help_panel=LOOK)]
-HeightOption = Annotated[int | None, typer.Option(help="Pixels; default: the base's.", rich_help_panel=LOOK)]
-SchedulerOption = Annotated[
-    str | None, typer.Option(help="euler_a, dpm++_2m_karras, ...; default: the base's.", rich_help_panel=LOOK)
-]
-ClipSkipOption = Annotated[
-    int | None, typer.Option(help="Which CLIP layer is read, from the end: 1 or 2.", rich_help_panel=LOOK)
-]
-ChunksOption = Annotated[
-    int, typer.Option(help="How many times 75 tokens of a prompt are read.", rich_help_panel=LOOK)
-]
-UpscaleOption = Annotated[
-    float | None, typer.Option(help="Draw again this much larger, from the first picture.", rich_help_panel=LOOK)
-]
-ImageOption = Annotated[Path | None, typer.Option(help="A picture to change.", rich_help_panel=STEER)]
-StrengthOption = Annotated[
-    float | None, typer.Option(help="How much of it to change, 0 to 1; default: 0.6.", rich_help_panel=STEER)
-]
-MaskOption = Annotated[Path | None, typer.Option(help="White is repainted, black kept.", rich_help_panel=STEER)]
-ControlnetOption = Annotated[str | None, typer.Option(help="Folder or hub id.", rich_help_panel=STEER)]
-ControlOption = Annotated[
-    str,
-    typer.Option(
-        metavar="[canny:]PICTURE", rich_help_panel=STEER, help="What the ControlNet sees; canny: draws its edges first."
-    ),
-]
-ControlScaleOption = Annotated[
-    float | None,
-    typer.Option(help="How closely the control picture is kept; default: 1.", rich_help_panel=STEER),
-]
-DtypeOption = Annotated[str, typer.Option(help="fp32, bf16, fp16 or auto.")]
-BatchOption = Annotated[int, typer.Option(help="Pictures at once; more is faster and takes more memory.")]
-LowMemoryOption = Annotated[bool, typer.Option("--low-memory", help="Decode in tiles; text encoders only visit.")]
-AgainOption = Annotated[
-    Path | None, typer.Option("--from", metavar="PNG", help="Make this picture again, from what it says.")
-]
+START = {"rich_help_panel": "What to draw with"}
+LOOK = {"rich_help_panel": "The picture"}
+STEER = {"rich_help_panel": "Pictures that steer"}
+REFINER_START = 0.8
 
 
-NOT_AGAIN = {
-    "prompts", "prompts_file", "negative", "seed", "count", "steps", "guidance", "width", "height", "scheduler",
-    "clip_skip", "chunks", "upscale", "strength", "strengths", "control_scale", "dtype", "batch",
+@dataclass(frozen=True)
+class Asked:
+    """What can be said on the command line; a field that `Wanted` or `ModelConfig` has too goes there as it is.
+
+    To add an option: a field here and one of the same name in `Wanted`; if it decides what the picture looks like, one
+    in `Shot` as well.
+    """
+
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="PROMPT",
+            show_default=False,
+            help="What to draw; (word:1.3) says a word louder. Settings for one prompt only stand behind it: "
+            '"a house --w 768 --h 512 --s 30 --l 5 --d 7 --n blurry".',
+        ),
+    ] = None
+    prompts_file: Annotated[
+        Path | None, typer.Option("--prompts", help="A text file with one prompt per line, as kohya's.")
+    ] = None
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the pictures.")] = Path("samples")
+    again: Annotated[
+        Path | None, typer.Option("--from", metavar="PNG", help="Make this picture again, from what it says.")
+    ] = None
+
+    base: Annotated[
+        str,
+        typer.Option(help="demo, a folder, a .safetensors or a hub id. Default: the run's, else demo.", **START),
+    ] = ""
+    run: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="A run folder: its base and its adapter.", **START)
+    ] = None
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter",
+            "-a",
+            metavar="FILE[@STRENGTH]",
+            help="An adapter of any layout, at a strength: cat.safetensors@0.8. Repeatable; they add up.",
+            **START,
+        ),
+    ] = None
+    factors: Annotated[
+        str,
+        typer.Option(
+            "--strengths", metavar="0,0.5,1", help="One row of pictures per factor on all adapters.", **START
+        ),
+    ] = ""
+    second_base: Annotated[
+        str,
+        typer.Option(
+            "--refiner",
+            metavar=f"BASE[@{REFINER_START}]",
+            help="A second base, such as SDXL's refiner, that draws from this share of the steps on.",
+            **START,
+        ),
+    ] = ""
+
+    count: Annotated[int, typer.Option("--count", "-n", help="Pictures per prompt.", **LOOK)] = 1
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of each prompt's first picture; the next ones count on.", **LOOK)
+    ] = 0
+    negative_prompt: Annotated[str, typer.Option("--negative", help="What to steer away from.", **LOOK)] = ""
+    steps: Annotated[int, typer.Option(help="Denoising steps.", **LOOK)] = 25
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(
+            "--guidance", min=0, help="How closely to follow the prompt. Default: 7.5, Flux 3.5; 1 is off.", **LOOK
+        ),
+    ] = None
+    width: Annotated[int | None, typer.Option(min=8, help="Pixels. Default: the base's own.", **LOOK)] = None
+    height: Annotated[int | None, typer.Option(min=8, help="Pixels. Default: the base's own.", **LOOK)] = None
+    scheduler: Annotated[
+        str | None, typer.Option(help="euler_a, dpm++_2m_karras, ... Default: the base's own.", **LOOK)
+    ] = None
+    clip_skip: Annotated[
+        int | None,
+        typer.Option(help="CLIP layer that is read, from the end: 1 or 2. Default: the base's own.", **LOOK),
+    ] = None
+    prompt_chunks: Annotated[
+        int | None, typer.Option("--chunks", help="How many times 75 tokens of a prompt are read. Default: 1.", **LOOK)
+    ] = None
+    upscale: Annotated[
+        float | None,
+        typer.Option(help="Draw it a second time this much larger, from the first picture: 1.5.", **LOOK),
+    ] = None
+
+    image: Annotated[Path | None, typer.Option(metavar="FILE", help="A picture to change.", **STEER)] = None
+    strength: Annotated[
+        float | None, typer.Option(help="How much of --image to change, 0 to 1. Default: 0.6.", **STEER)
+    ] = None
+    mask: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="White is repainted, black is kept.", **STEER)
+    ] = None
+    controlnet: Annotated[str | None, typer.Option(help="Folder or hub id of a ControlNet.", **STEER)] = None
+    control_picture: Annotated[
+        str,
+        typer.Option(
+            "--control",
+            metavar="[canny:|depth:]FILE",
+            help="What the ControlNet sees; canny: draws the picture's edges first, depth: how near everything is.",
+            **STEER,
+        ),
+    ] = ""
+    control_scale: Annotated[
+        float | None, typer.Option(help="How closely the control picture is kept. Default: 1.", **STEER)
+    ] = None
+    depth_model: Annotated[
+        str | None,
+        typer.Option(help="Folder or hub id of what estimates depth. Default: Depth Anything V2 Small.", **STEER),
+    ] = None
+
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="fp32, bf16, fp16 or auto. Default: the run's, else auto: what the machine is fast in."),
+    ] = None
+    batch_size: Annotated[
+        int, typer.Option("--batch", help="Pictures at once; more is faster and takes more memory.")
+    ] = 1
+    low_memory: Annotated[
+        bool, typer.Option("--low-memory", help="Take less memory, and longer: decode in tiles, park text encoders.")
+    ] = False
+
+
+BESIDE_AGAIN = {
+    "again", "output", "base", "run", "adapter", "second_base", "image", "mask", "controlnet", "control_picture",
+    "depth_model", "low_memory",
 }  # fmt: skip
-"""What a picture's own papers say, so that nothing else can be said beside --from."""
+"""What can be said beside --from: where things lie. All else is in the picture's own papers."""
 
 
 @app.command()
-def sample(  # noqa: PLR0913, PLR0917 - what the user chooses, one option each
-    context: typer.Context,
-    prompts: PromptsArgument = None,
-    base: BaseOption = "",
-    run: RunOption = None,
-    refiner: RefinerOption = "",
-    adapter: AdapterOption = None,
-    strengths: StrengthsOption = "",
-    output: OutputOption = Path("samples"),
-    prompts_file: PromptsFileOption = None,
-    negative: NegativeOption = "",
-    seed: SeedOption = 0,
-    count: CountOption = 1,
-    steps: StepsOption = 25,
-    guidance: GuidanceOption = None,
-    width: WidthOption = None,
-    height: HeightOption = None,
-    scheduler: SchedulerOption = None,
-    clip_skip: ClipSkipOption = None,
-    chunks: ChunksOption = 1,
-    upscale: UpscaleOption = None,
-    image: ImageOption = None,
-    strength: StrengthOption = None,
-    mask: MaskOption = None,
-    controlnet: ControlnetOption = None,
-    control: ControlOption = "",
-    control_scale: ControlScaleOption = None,
-    dtype: DtypeOption = "",
-    batch: BatchOption = 1,
-    low_memory: LowMemoryOption = False,
-    again: AgainOption = None,
-) -> None:
+@takes(Asked)
+def sample(context: typer.Context, asked: Asked) -> None:
     """Draw pictures with a base model and adapters; each PNG says how it was made.
+
+    Pictures that are there already are kept, so a request that was cut short goes on.
 
     Examples:
 
@@ -147,63 +173,91 @@ def sample(  # noqa: PLR0913, PLR0917 - what the user chooses, one option each
 
       finetune sample "a red house" --base sd15.safetensors -a style.safetensors@0.7 --strengths 0,0.5,1
 
+      finetune sample "a castle" --image sketch.png --strength 0.5
+
       finetune sample --from samples/a-red-house-s0-1a2b3c4d.png
     """
-    if again is not None:
-        _check_alone(context, adapter or ())
     reporter = ConsoleReporter()
-    model, own, merged = finetune.model_of(base, run)
-    chosen = {"dtype": dtype or None, "clip_skip": clip_skip, "prompt_chunks": chunks if chunks != 1 else None}
-    problems: tuple[str, ...] = ()
-    try:
-        model = checked(type(model), model.model_dump() | _said(chosen))
-    except ConfigError as error:
-        problems = error.problems
-    adapters = [(path, 1.0) for path in own] + [parse_weighted(text) for text in adapter or ()]
-    preparation, shown = _control(control)
-    second = parse_weighted(refiner, 0.8) if refiner else None
-    if again is not None:
-        shot = finetune.shot_of(again)
-        if not base and run is None:
-            model = model.model_copy(update={"base": shot.base})
-        pictures = _said({"image": image, "mask": mask, "control": shown})
-        networks = _said({"controlnet": controlnet, "refiner": str(second[0]) if second else None})
-        files = [path for path, _ in adapters]
-        copy = finetune.sample_again(shot, model, files, pictures, output, reporter, networks, merged)
-        reporter.table("Done", [("Picture", str(copy))])
+    if asked.again is not None:
+        _check_alone(context, asked)
+        reporter.table("Done", [("Picture", str(_draw_again(asked, asked.again, reporter)))])
         return
-    wanted = finetune.Wanted(
-        prompts=(*(prompts or ()), *(read_prompts(prompts_file) if prompts_file else ())),
-        negative_prompt=negative, seed=seed, count=count,
-        steps=steps, guidance_scale=guidance, width=width, height=height, scheduler=scheduler,
-        adapters=tuple(adapters), strengths=_numbers(strengths), image=image, mask=mask, control=shown,
-        strength=strength, controlnet=controlnet, control_scale=control_scale, control_from=preparation,
-        refiner=(str(second[0]), second[1]) if second else None, upscale=upscale, batch_size=batch,
-        low_memory=low_memory, merge_first=merged,
-    )  # fmt: skip
-    if problems:
-        raise ConfigError("No picture can be made:", [*problems, *wanted.problems()])
-    made = finetune.sample(model, wanted, output, reporter)
-    sheet = [("Sheet", str(output / "sheet.png"))] if len(made) > 1 else []
+    model, wanted = _request(asked)
+    check(model, wanted, asked.output)
+    made = finetune.sample(model, wanted, asked.output, reporter)
+    sheet = [("Sheet", str(asked.output / "sheet.png"))] if len(made) > 1 else []
     reporter.table("Done", [*(("Picture", str(path)) for path in made[:12]), *sheet])
 
 
-def _said(options: Mapping[str, Value | None]) -> dict[str, Value]:
-    """What the user has chosen of these."""
-    return {name: value for name, value in options.items() if value is not None}
+def _request(asked: Asked) -> tuple[ModelConfig, Wanted]:
+    """What is asked for; everything that cannot be read is told at once, with what it contradicts."""
+    problems: list[str] = []
+
+    def tried(read: Callable[..., Value], *given: Any, otherwise: Value) -> Value:
+        try:
+            return read(*given)
+        except ConfigError as error:
+            problems.extend(error.problems or [error.headline])
+            return otherwise
+
+    model, own, merged = model_of(asked.base, asked.run)
+    said = {name: getattr(asked, name) for name in ("dtype", "clip_skip", "prompt_chunks")}
+    said = {name: value for name, value in said.items() if value is not None}
+    model = tried(checked, ModelConfig, model.model_dump() | said, otherwise=model)
+    lines = tried(read_prompts, asked.prompts_file, otherwise=["unread"]) if asked.prompts_file else []
+    named = [tried(parse_weighted, text, otherwise=(Path(), 1.0)) for text in asked.adapter or ()]
+    adapters = [*((path, 1.0) for path in own), *((path, strength) for path, strength in named if path.name)]
+    preparation, control = _control(asked.control_picture)
+    wanted = Wanted(
+        prompts=(*(asked.words or ()), *lines),
+        adapters=tuple(adapters),
+        strengths=tried(_numbers, asked.factors, otherwise=(1.0,)),
+        control=control,
+        control_from=preparation,
+        refiner=tried(_refiner, asked.second_base, otherwise=None),
+        merge_first=merged,
+        **{field.name: getattr(asked, field.name) for field in fields(Wanted) if hasattr(asked, field.name)},
+    )
+    if problems:
+        raise ConfigError("No picture can be made:", [*problems, *wanted.problems()])
+    return model, wanted
 
 
-def _check_alone(context: typer.Context, adapters: Sequence[str]) -> None:
+def _draw_again(asked: Asked, picture: Path, reporter: ConsoleReporter) -> Path:
+    shot = shot_of(picture)
+    model, own, merged = model_of(asked.base, asked.run)
+    refiner = _refiner(asked.second_base)
+    given = {
+        "image": asked.image,
+        "mask": asked.mask,
+        "control": _control(asked.control_picture)[1],
+        "controlnet": asked.controlnet,
+        "depth_model": asked.depth_model,
+        "refiner": refiner[0] if refiner else None,
+        "merge_first": merged,
+        "low_memory": asked.low_memory,
+    }
+    wanted = wanted_again(shot, [*own, *(parse_weighted(text)[0] for text in asked.adapter or ())], given)
+    model = model_again(shot, model if asked.base or asked.run else None)
+    check(model, wanted, asked.output)
+    return finetune.sample_again(shot, model, wanted, asked.output, reporter)
+
+
+def _check_alone(context: typer.Context, asked: Asked) -> None:
     """Refuse what would have to be dropped, because a picture is made again as it was."""
-    named = {parameter.name: max(parameter.opts, key=len) for parameter in context.command.params}
-    sources = {name: context.get_parameter_source(name) for name in sorted(NOT_AGAIN)}
-    given = [named[name] for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
-    given += [f"the strength of {text}" for text in adapters if "@" in text and not Path(text).exists()]
+    flags = {parameter.name: max(parameter.opts, key=len) for parameter in context.command.params}
+    sources = {name: context.get_parameter_source(name) for name in flags if name and name not in BESIDE_AGAIN}
+    given = [flags[name] for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    given = ["prompts" if flag == "words" else flag for flag in given] + _strengths_in(asked.adapter or ())
     if given:
         raise ConfigError(
             f"--from makes a picture again as it was, so {', '.join(given)} cannot be chosen beside it.",
             ["leave them out, or leave --from out and say all of it"],
         )
+
+
+def _strengths_in(adapters: Sequence[str]) -> list[str]:
+    return [f"the strength of {text}" for text in adapters if "@" in text and not Path(text).exists()]
 
 
 def _control(text: str) -> tuple[str | None, Path | None]:
@@ -212,6 +266,14 @@ def _control(text: str) -> tuple[str | None, Path | None]:
     if not text or not colon or Path(text).exists():
         return None, Path(text) if text else None
     return preparation, Path(name)
+
+
+def _refiner(text: str) -> tuple[str, float] | None:
+    """(base, share of the schedule where it takes over)."""
+    if not text:
+        return None
+    path, start = parse_weighted(text, REFINER_START)
+    return str(path), start
 
 
 def _numbers(text: str) -> tuple[float, ...]:

@@ -17,10 +17,21 @@ from finetune.run_files import load_run
 def watch(
     recipe: Recipe,
     overrides: Overrides = None,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Where to show it; 0: any that is free.")] = 8780,
-    host: Annotated[str, typer.Option(help="127.0.0.1: this machine only. 0.0.0.0: all who reach it.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the page; 0: any that is free.")] = 8780,
+    host: Annotated[
+        str, typer.Option(help="127.0.0.1: seen on this machine only. 0.0.0.0: by all who reach it.")
+    ] = "127.0.0.1",
 ) -> None:
-    """Show a run while it trains: loss, validation, samples, time left. Ctrl-C ends the page, never the run."""
+    """Show a run while it trains: loss, validation, samples, time left. Ctrl-C ends the page, never the run.
+
+    It reads the run folder only, before, while and after the run goes on, in this process or another.
+
+    Examples:
+
+      finetune watch runs/mine
+
+      finetune watch my.yaml --host 0.0.0.0 --port 8000
+    """
     folder = Path(recipe)
     if not folder.is_dir():
         folder = load_run(recipe, overrides or ()).output_dir

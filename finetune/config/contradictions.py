@@ -254,11 +254,55 @@ def validation_that_looks(run: Run) -> list[str]:
     ]
 
 
+READ_WITH: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("objective.density_mean", "objective.density", ("logit_normal",)),
+    ("objective.density_std", "objective.density", ("logit_normal",)),
+    ("objective.density_scale", "objective.density", ("mode",)),
+    ("objective.density_alpha", "objective.density", ("beta",)),
+    ("objective.density_beta", "objective.density", ("beta",)),
+    ("objective.snr_gamma", "objective.weighting", ("min_snr", "soft_min_snr")),
+    ("objective.p2_gamma", "objective.weighting", ("p2",)),
+    ("objective.p2_k", "objective.weighting", ("p2",)),
+    ("objective.huber_delta", "objective.loss", ("huber", "smooth_l1", "log_cosh")),
+    ("optimizer.schedule_cycles", "optimizer.schedule", ("cosine_restarts",)),
+    ("optimizer.schedule_power", "optimizer.schedule", ("polynomial",)),
+    ("optimizer.schedule_decay", "optimizer.schedule", ("wsd",)),
+    ("optimizer.schedule_floor", "optimizer.schedule", (
+        "linear", "cosine", "cosine_restarts", "polynomial", "wsd", "rex"
+    )),
+    ("train.spike_deviations", "train.on_spike", ("warn", "stop")),
+    ("train.ema_power", "train.ema_decay", ()),
+)  # fmt: skip
+"""A field, the one that decides whether it is read, and the values with which it is; none: anything but off."""
+
+
+def read_by_something(run: Run) -> list[str]:
+    """A value that was set changes something; what another field leaves unread was meant to turn that on."""
+    problems = []
+    for field, decider, values in READ_WITH:
+        section, name = field.split(".")
+        part, deciding = getattr(run, section), decider.split(".")[1]
+        value, chosen = getattr(part, name), getattr(part, deciding)
+        # keep: a whole document sets every field; who wrote this one alone has forgotten the other.
+        alone = {name, deciding} & part.model_fields_set == {name}
+        if value == type(part).model_fields[name].default and not alone:
+            continue
+        # keep: a function of one's own, by import path, may read everything.
+        if values and chosen not in values and "." not in chosen:
+            problems.append(
+                f"{field}={value} is read only with {decider}={' or '.join(values)}, and {decider} is {chosen}; change "
+                f"{decider}, or leave {field} out"
+            )
+        elif not values and not chosen:
+            problems.append(f"{field}={value} is read only if {decider} is set; set it, or leave {field} out")
+    return problems
+
+
 CHECKS: tuple[Callable[[Run], list[str]], ...] = (
     warm_up, template, trigger, export_name, betas, one_prior, step_size, best_needs_validation,
     one_validation, kept_tags,
     something_is_trained, words_stand_in_captions, merged_into_packed_weights, something_trains_to_the_end,
-    validation_that_looks,
+    validation_that_looks, read_by_something,
 )  # fmt: skip
 
 

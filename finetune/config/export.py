@@ -8,21 +8,22 @@ from pydantic import Field
 
 from finetune.config.section import Section
 
+Format = Literal["diffusers", "kohya", "peft", "merged", "single-file", "embeddings"]
+NumberFormat = Literal["fp32", "fp16", "bf16"]
+Openness = Literal["minimal", "public", "full"]
+
 
 class ExportConfig(Section):
     """Which files a finished run becomes."""
 
-    formats: tuple[Literal["diffusers", "kohya", "peft", "merged", "single-file", "embeddings"], ...] = (
-        "diffusers",
-        "kohya",
-    )
+    formats: tuple[Format, ...] = ("diffusers", "kohya")
     """diffusers and peft for Python; kohya for ComfyUI, A1111, Forge and InvokeAI; merged: a whole pipeline folder;
     single-file: a whole checkpoint; embeddings: learned words, which are written beside the others anyway."""
-    dtype: Literal["fp32", "fp16", "bf16"] = "fp16"
+    dtype: NumberFormat = "fp16"
     """Number format of the exported tensors."""
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
     """File name of the kohya file, without ending; also the title readers show. None: the name of output_dir."""
-    metadata: Literal["minimal", "public", "full"] = "public"
+    metadata: Openness = "public"
     """What files say about themselves. minimal: how to load them, trigger words, author and licence; public: how they
     were trained too; full: the whole configuration too. Never a path, a user, a host or a token."""
     license: str = ""

@@ -23,9 +23,10 @@ class ModelConfig(Section):
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format of the frozen base; what is trained stays in fp32. auto: bf16 where the GPU computes in it, fp16
     on older GPUs, fp32 on a CPU."""
-    storage: Literal["full", "fp8", "int8", "nf4"] = "full"
+    storage: Literal["full", "fp8", "int8", "nf4", "host"] = "full"
     """How the frozen denoiser's weights are held. full: as they compute. fp8 and int8: one byte per weight; nf4: half a
-    byte (QLoRA). Less memory, a little slower, and the adapter learns on rounded weights."""
+    byte (QLoRA). Less memory, a little slower, and the adapter learns on rounded weights. host: unrounded, in main
+    memory; layer by layer they visit the GPU, which then needs no memory for them, but waits for the bus."""
     vae: str | None = None
     """Another autoencoder: folder, .safetensors file or hub id. None: the base's own."""
     text_encoders: dict[str, str] = Field(default_factory=dict)

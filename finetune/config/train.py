@@ -41,8 +41,11 @@ class TrainConfig(Section):
     """Steps with a loss or gradient that is not finite before the run stops; the gradient of each counts as zero."""
     log_every: int = Field(default=10, ge=1)
     """Optimizer steps between two lines in metrics.jsonl."""
-    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
-    """Where metrics go besides metrics.jsonl."""
+    trackers: tuple[
+        Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "swanlab", "dvclive"], ...
+    ] = ("tensorboard",)
+    """Where metrics go besides metrics.jsonl, and sample sheets where there is a place for pictures. A run is named
+    like its folder, in the project "finetune" or what e.g. WANDB_PROJECT says."""
 
 
 class ValidationConfig(Section):
@@ -84,6 +87,8 @@ class SamplesConfig(Section):
     @field_validator("prompts", mode="before")
     @classmethod
     def _from_file(cls, value: Any) -> Any:
+        if isinstance(value, str) and not Path(value).is_file():
+            raise ValueError(f"there is no such text file of prompts; prompts themselves are a list: [{value}]")
         try:
             return read_prompts(Path(value)) if isinstance(value, str) else value
         except ConfigError as error:

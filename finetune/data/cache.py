@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_tools.images import BLACK
 from finetune.data.dataset import Colour
 from finetune.data.fill import Progress, Recipe, Say, fill
 from finetune.data.pixels import VERSION as PIXELS
@@ -123,7 +124,7 @@ class MaskCache:
     def _key(self, view: View) -> str:
         mask = view.picture.mask
         assert mask is not None, "views without a mask have no entry"
-        return digest_of([mask.sha256, mask.is_alpha, *cut_of(view), self._stride])
+        return digest_of([mask.sha256, mask.is_alpha, BLACK, *cut_of(view), self._stride])
 
 
 @dataclass

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools import buckets, scan, sources
+from data_tools import buckets, scan
 from data_tools.buckets import Placement
 from data_tools.errors import RefusedError, grouped
 from data_tools.files import read_regular
 from data_tools.fingerprints import sha256
-from data_tools.images import MAX_FILE_BYTES, SUFFIXES
+from data_tools.images import MAX_FILE_BYTES
 from data_tools.memory import Memory, open_memory
 from data_tools.records import ImageRecord
 from data_tools.scan import Problem
@@ -27,7 +27,7 @@ Colour = tuple[int, int, int]
 """Red, green, blue; 0 to 255."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Mask:
     """Where a picture's loss counts.
 
@@ -42,7 +42,7 @@ class Mask:
     is_alpha: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Picture:
     """One training picture with everything about it settled.
 
@@ -117,22 +117,6 @@ class Reading:
     class_weight: float = 1.0
     is_class: bool = False
     mask: str = "auto"
-
-
-def check_folder(field: str, folder: Path) -> None:
-    """Tell before anything is loaded that there is no folder of pictures; archives and tables are imported first.
-
-    Args:
-        field: the knob that names it, such as data.folder.
-
-    Raises:
-        DataError: `folder` is none.
-    """
-    if not folder.is_dir():
-        remedy = sources.advice(str(folder)) or "name the folder that holds the pictures."
-        raise DataError(f"{field}={folder} is no folder of pictures; {remedy}")
-    if not any(path.suffix.lower() in SUFFIXES for path in folder.rglob("*")):
-        raise DataError(f"{field}={folder} holds no picture; name the folder that holds them.")
 
 
 def load_pictures(

@@ -101,6 +101,7 @@ class _Work(Generic[T, L]):
 
     def run(self, pieces: list[list[str]]) -> None:
         """Until every piece is there, made here or by others."""
+        self._tell()
         news = time.monotonic()
         while pieces := [piece for piece in pieces if self._missing(piece)]:
             before = len(self.left)
@@ -112,11 +113,14 @@ class _Work(Generic[T, L]):
                     if ours or forced:
                         self._make(self._missing(piece))
                 self._missing(piece)
-                self._progress(len(self._wanted) - len(self.left), len(self._wanted))
+                self._tell()
             if len(self.left) < before:
                 news = time.monotonic()
             elif self.left:
                 time.sleep(POLL)
+
+    def _tell(self) -> None:
+        self._progress(len(self._wanted) - len(self.left), len(self._wanted))
 
     def _missing(self, piece: Sequence[str]) -> list[str]:
         """What of a piece is not there yet; the rest is ticked off."""
@@ -133,7 +137,7 @@ class _Work(Generic[T, L]):
             pending |= made
             self.left.difference_update(made)
             self.made += len(made)
-            self._progress(len(self._wanted) - len(self.left), len(self._wanted))
+            self._tell()
             size += _size(made)
             if size >= SHARD_BYTES or time.monotonic() - since >= SHARD_SECONDS:
                 self._store.add(pending)

@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn import functional
 
+from data_tools.images import BLACK
 from finetune.data.cache import Filling, cut_of, digest_of
 from finetune.data.dataset import Colour
 from finetune.data.fill import Recipe, fill
@@ -126,7 +127,7 @@ def _kind(view: View) -> tuple[str, *tuple[object, ...]]:
     if view.version % WHOLE == WHOLE - 1:
         return ("whole",)
     mask = view.picture.mask
-    return ("own", mask.sha256, mask.is_alpha) if mask is not None else ("drawn", view.version)
+    return ("own", mask.sha256, mask.is_alpha, BLACK) if mask is not None else ("drawn", view.version)
 
 
 def _finite(view: View, beside: Tensor) -> Tensors:

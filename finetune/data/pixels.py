@@ -14,7 +14,7 @@ from data_tools.buckets import Placement
 from data_tools.errors import RefusedError
 from data_tools.files import read_regular
 from data_tools.fingerprints import sha256
-from data_tools.images import DECODER, MAX_FILE_BYTES, decode, opacity
+from data_tools.images import BLACK, DECODER, MAX_FILE_BYTES, decode, opacity
 from finetune.data.dataset import Colour, Picture
 from finetune.data.views import Jitter, View
 from finetune.errors import DataError
@@ -83,7 +83,7 @@ def mask_pixels(view: View) -> Tensor:
     mask = view.picture.mask
     assert mask is not None, "only pictures with a mask are asked for it"
     data = _bytes_of(mask.path, mask.sha256, view.picture)
-    grey = opacity(data) if mask.is_alpha else decode(data)[0].convert("L")
+    grey = opacity(data) if mask.is_alpha else decode(data, BLACK)[0].convert("L")
     pixels = cut(grey, view.placement)
     return pixels.flip(-1) if view.mirrored else pixels
 

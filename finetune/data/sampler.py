@@ -24,7 +24,7 @@ Bucket = tuple[int, int]
 Numbers = NDArray[np.int64]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Draw:
     """One appearance of one picture: the key of all its randomness.
 
@@ -39,7 +39,7 @@ class Draw:
     repeat: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Item:
     """What the sampler needs to know of a picture."""
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from data_tools.dedupe import Looks, near_pairs, to_hashes
-from data_tools.errors import Problem
+from data_tools.errors import Problem, counted
 from finetune.data.dataset import Picture
 from finetune.errors import ConfigError
 from finetune.rng import seed_for
@@ -54,7 +54,7 @@ def split_holdout(
         problems.append(
             Problem(
                 "",
-                f"{len(held)} pictures are held out instead of {count}",
+                f"{counted(len(held), 'picture is', 'pictures are')} held out instead of {count}",
                 "the next group of near copies is larger, and copies stay together",
                 "remove near copies, or accept it",
                 "warning",

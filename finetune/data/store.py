@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,12 +30,13 @@ from finetune.storage import DTYPE_NAMES, tensor_bytes, write_safetensors
 FORMAT = "finetune cache 2"
 """In every shard's metadata; files without it belong to an older version or to somebody else."""
 SHARDS = "shard-*.safetensors"
+SHARD = re.compile(r"shard-[0-9a-f]{32}\.safetensors")
 DAMAGED = ".damaged"
 CLAIMS = ".claims"
 RESIDENT_BYTES = 2**30
 """What a store keeps in memory after reading; more than that is read from disk each time."""
 MAX_HEADER_BYTES = 100 * 2**20
-_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+_DTYPES = {name: getattr(torch, dtype) for dtype, name in DTYPE_NAMES.items()}
 
 Tensors = dict[str, Tensor]
 
@@ -43,7 +45,7 @@ class DamagedError(Exception):
     """A shard that is not what was written."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """Where an entry's tensors lie in its shard: per tensor name, dtype, shape, first and last byte."""
 
@@ -72,7 +74,7 @@ class Store:
 
     def refresh(self) -> None:
         """Take in the shards that appeared since the last look."""
-        for path in sorted(self.folder.glob(SHARDS)):
+        for path in shards(self.folder):
             if path.name in self._seen:
                 continue
             self._seen.add(path.name)
@@ -158,6 +160,11 @@ class Store:
         self.set_aside.append(path)
         with contextlib.suppress(OSError):  # another process may have been first; a read-only folder keeps it
             path.rename(path.with_name(path.name + DAMAGED))
+
+
+def shards(folder: Path) -> list[Path]:
+    """The shards of a folder: plain files under the names that `Store.add` gives, and nothing else."""
+    return sorted(path for path in folder.glob(SHARDS) if SHARD.fullmatch(path.name) and path.is_file())
 
 
 def _locked(descriptor: int, place: int) -> bool:

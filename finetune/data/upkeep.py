@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data_tools.errors import counted
 from finetune.data.cache import KINDS
-from finetune.data.store import DAMAGED, SHARDS, DamagedError, read_entry, read_index
+from finetune.data.store import CLAIMS, DAMAGED, SHARD, DamagedError, read_entry, read_index, shards
 from finetune.errors import DataError
 from finetune.storage import disk_errors
 from finetune.tracking import Reporter
@@ -23,18 +24,15 @@ class Kind:
     """One folder of a cache.
 
     Attributes:
-        entries: whole ones.
-        bytes: of all shards.
-        unused: shards that no run has used for the days that were asked about.
+        shards: whole ones -> how many entries and bytes each holds.
+        unused: those of them that no run has used for the days that were asked about.
         damaged: shards that are not what was written, found now or set aside before.
         leftovers: half-written files of processes that were killed.
-        foreign: files of an older version, which is no longer read.
+        foreign: whatever else lies there; it is named and never touched.
     """
 
     name: str
-    entries: int = 0
-    bytes: int = 0
-    shards: list[Path] = field(default_factory=list)
+    shards: dict[Path, tuple[int, int]] = field(default_factory=dict)
     unused: list[Path] = field(default_factory=list)
     damaged: list[Path] = field(default_factory=list)
     leftovers: list[Path] = field(default_factory=list)
@@ -59,7 +57,7 @@ class Upkeep:
         """For a table."""
         rows = [(kind.name, _row(kind)) for kind in self.kinds]
         if self.removed:
-            rows.append(("removed", f"{len(self.removed)} files, {self.freed / 1e6:,.1f} MB"))
+            rows.append(("removed", f"{counted(len(self.removed), 'file')}, {self.freed / 1e6:,.1f} MB"))
         return rows
 
 
@@ -70,12 +68,17 @@ def find_cache(folder: Path) -> Path:
         DataError: if it is neither.
     """
     for place in (folder / "cache", folder):
-        if any((place / name).is_dir() for name in KINDS):
+        if any(_is_ours(place / name) for name in KINDS):
             return place
     raise DataError(
         f"{folder} is neither a run folder with a cache nor a cache ({', '.join(KINDS)}); name the run's output_dir, "
         "or its data.cache_folder."
     )
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a cache ever wrote here: people have folders called `text` and `masks` too."""
+    return (folder / CLAIMS).is_file() or bool(shards(folder))
 
 
 def inspect_cache(folder: Path, reporter: Reporter, *, read: bool = True, unused_days: float | None = None) -> Upkeep:
@@ -88,8 +91,8 @@ def inspect_cache(folder: Path, reporter: Reporter, *, read: bool = True, unused
         unused_days: also name shards that no run has used for so many days.
     """
     place = find_cache(folder)
-    kinds = [Kind(name) for name in KINDS if (place / name).is_dir()]
-    every = [(kind, path) for kind in kinds for path in sorted((place / kind.name).glob(SHARDS))]
+    kinds = [Kind(name) for name in KINDS if _is_ours(place / name)]
+    every = [(kind, path) for kind in kinds for path in shards(place / kind.name)]
     with reporter.progress("Reading the cache", len(every)) as advance:
         for done, (kind, path) in enumerate(every, start=1):
             _look_at(kind, path, read, unused_days)
@@ -100,7 +103,7 @@ def inspect_cache(folder: Path, reporter: Reporter, *, read: bool = True, unused
 
 
 def prune_cache(found: Upkeep) -> Upkeep:
-    """Remove what `inspect_cache` found to be of no use: damaged, half-written, outdated and, if asked, unused files.
+    """Remove what `inspect_cache` found to be of no use: damaged, half-written and, if asked, unused files.
 
     A run that is using the cache right now keeps what it reads: shards count as used from its start on.
 
@@ -109,11 +112,13 @@ def prune_cache(found: Upkeep) -> Upkeep:
     """
     with disk_errors(found.folder):
         for kind in found.kinds:
-            for path in [*kind.damaged, *kind.leftovers, *kind.foreign, *kind.unused]:
+            for path in [*kind.damaged, *kind.leftovers, *kind.unused]:
                 if path.exists():
                     found.freed += path.stat().st_size
                     path.unlink()
                     found.removed.append(path)
+                kind.shards.pop(path, None)
+            kind.damaged, kind.leftovers, kind.unused = [], [], []
     return found
 
 
@@ -128,9 +133,7 @@ def _look_at(kind: Kind, path: Path, read: bool, unused_days: float | None) -> N
     except DamagedError:
         kind.damaged.append(path)
         return
-    kind.shards.append(path)
-    kind.entries += len(entries)
-    kind.bytes += status.st_size
+    kind.shards[path] = len(entries), status.st_size
     if unused_days is not None and time.time() - status.st_mtime > unused_days * DAY:
         kind.unused.append(path)
 
@@ -138,12 +141,12 @@ def _look_at(kind: Kind, path: Path, read: bool, unused_days: float | None) -> N
 def _look_around(kind: Kind, folder: Path) -> None:
     """Sort everything that is no shard."""
     for path in _files(folder):
-        if path.name.endswith(DAMAGED):
+        if path.name.endswith(DAMAGED) and SHARD.fullmatch(path.name.removesuffix(DAMAGED)):
             kind.damaged.append(path)
         elif path.name.startswith(".shard-") and ".part-" in path.name:
             if time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
                 kind.leftovers.append(path)
-        elif path.suffix == ".safetensors" and not path.match(SHARDS):
+        elif path.name != CLAIMS and not SHARD.fullmatch(path.name):
             kind.foreign.append(path)
 
 
@@ -152,11 +155,12 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _row(kind: Kind) -> str:
-    parts = [f"{kind.entries:,} entries in {len(kind.shards):,} shards, {kind.bytes / 1e6:,.1f} MB"]
+    entries, size = (sum(held[i] for held in kind.shards.values()) for i in (0, 1))
+    parts = [f"{counted(entries, 'entry', 'entries')} in {counted(len(kind.shards), 'shard')}, {size / 1e6:,.1f} MB"]
     for count, what in (
         (len(kind.damaged), "damaged"),
         (len(kind.leftovers), "half-written by a killed process"),
-        (len(kind.foreign), "of an older version"),
+        (len(kind.foreign), "not of the cache, left alone"),
         (len(kind.unused), "unused"),
     ):
         parts += [f"{count:,} {what}"] if count else []

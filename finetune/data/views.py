@@ -45,7 +45,7 @@ UNCHANGED = Augment()
 """Every draw shows the same."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class View:
     """One picture shown in one way; `version` counts only where it decides which part is hidden."""
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from data_tools.errors import counted
 from finetune.config import Run
 from finetune.demo.world import write_subject_pictures
 from finetune.export.run import export_run, exported_rows
@@ -85,6 +86,6 @@ def _rows(run: Run, result: TrainResult) -> Rows:
     return [
         ("Family", f"{result.family.name}: {result.family.pipeline_class}"),
         ("Networks", networks),
-        ("Trained", f"{len(result.adapter.tensors)} tensors, {result.steps} steps, validation {value}"),
+        ("Trained", f"{len(result.adapter.tensors)} tensors, {counted(result.steps, 'step')}, validation {value}"),
         ("Samples", str(run.output_dir / "samples")),
     ]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -40,12 +41,14 @@ class Format:
         target: export name -> name of the file or folder inside the output folder.
         write: writes it, and says what that came to.
         readers: names in `readers.READERS`; each that can use this family's file must read it back as it was trained.
+        whole: whether it holds a whole model, so that reading it back takes as much memory as the base.
     """
 
     summary: str
     target: Callable[[str], str]
     write: Callable[[Job, Path], Outcome]
     readers: tuple[str, ...]
+    whole: bool = False
 
 
 FORMATS: dict[str, Format] = {
@@ -67,12 +70,14 @@ FORMATS: dict[str, Format] = {
         lambda name: "merged",
         merged.write_merged,
         ("pipeline",),
+        whole=True,
     ),
     "single-file": Format(
         "the whole model with the adapter added in, as one file for A1111, ComfyUI and from_single_file",
         lambda name: f"{name}-merged.safetensors",
         merged.write_single,
         ("from_single_file",),
+        whole=True,
     ),
     "embeddings": Format(
         "learned words, a file each, for A1111, ComfyUI and load_textual_inversion",
@@ -91,6 +96,7 @@ class Exported:
     Attributes:
         path: the file, or the folder for formats that are one.
         bytes: its size; of all files together for a folder.
+        step: of the run, after which the adapter was saved.
         verification: one entry per reader.
         rounding: for a merged model, what its number format takes from the adapter.
         lost: share of the change of the weights that was given up with `lossy`.
@@ -100,6 +106,7 @@ class Exported:
     format: str
     path: Path
     bytes: int
+    step: int
     verification: tuple[Verification, ...]
     rounding: Rounding | None = None
     lost: float = 0.0
@@ -118,14 +125,16 @@ def export(  # noqa: PLR0913 - what the user chooses, one keyword each
     papers: Papers | None = None,
     force: bool = False,
     lossy: int | None = None,
+    keep_base: bool = True,
 ) -> list[Exported]:
     """Write an adapter in some formats and prove each by reading it back the way its users' programs do.
 
-    All or nothing: files get their final names when every one of them has passed. The same adapter gives the
-    same bytes.
+    Files get their final names when all were tried: those that passed, and none that did not. The same adapter gives
+    the same bytes.
 
     Args:
-        components: the base it was trained on, with no adapter attached; never changed.
+        components: the base it was trained on, with no adapter attached; not changed. Its weights may be in half
+            precision; all is computed in fp32 or finer.
         output_dir: made if missing; files of an earlier export are replaced.
         name: what the kohya file is called, without an ending; also the title if `papers` gives none.
         formats: names in FORMATS.
@@ -134,6 +143,8 @@ def export(  # noqa: PLR0913 - what the user chooses, one keyword each
         force: keep a merged model although rounding takes more of the adapter than is allowed.
         lossy: rank of the LoRA that stands in where a layout cannot say what the adapter does; the loss is measured
             and written into the file. None refuses instead.
+        keep_base: False lets the base's weights go before whole models are read back, so that no two models are held
+            at a time; `components` is of no use afterwards.
 
     Returns:
         one entry per format, in the order asked for.
@@ -141,8 +152,8 @@ def export(  # noqa: PLR0913 - what the user chooses, one keyword each
     Raises:
         ConfigError: for an unknown format, number format or name.
         CheckpointError: if the adapter does not fit the base.
-        ExportError: if the adapter is broken or a file does not read back as it was trained; nothing is kept
-            then.
+        ExportError: if the adapter is broken or a file does not read back as it was trained; it says which formats
+            were refused, and which are there.
         StorageError: if the disk is full or cannot be written.
     """
     _check_request(name, formats, dtype)
@@ -151,31 +162,82 @@ def export(  # noqa: PLR0913 - what the user chooses, one keyword each
     truth = reference(job)
     sweep(output_dir)
     staging = output_dir / f".export-{os.getpid()}-{secrets.token_hex(4)}"
-    results = []
+    results: dict[str, Exported] = {}
     try:
         with storage.disk_errors(output_dir):
-            for format_name in _asked(job, formats):
-                results.append(_one(job, format_name, staging, truth))
-            for result in results:
+            asked = _asked(job, formats)
+            refused: dict[str, ExportError] = {}
+            for small in (name for name in asked if not FORMATS[name].whole):
+                with _noting(refused, small):
+                    results[small] = _read_back(job, small, staging, truth, _written(job, small, staging))
+            outcomes = {}
+            for large in (name for name in asked if FORMATS[name].whole):
+                with _noting(refused, large):
+                    outcomes[large] = _written(job, large, staging)
+            if outcomes and not keep_base:
+                components.let_go()
+            for large, outcome in outcomes.items():
+                with _noting(refused, large):
+                    results[large] = _read_back(job, large, staging, truth, outcome)
+            for key, result in results.items():
                 storage.publish(staging / result.path.name, output_dir / result.path.name)
+                results[key] = replace(result, path=output_dir / result.path.name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return [replace(result, path=output_dir / result.path.name) for result in results]
+    done = [results[key] for key in asked if key in results]
+    if refused:
+        raise _all_of(refused, done)
+    return _with_left_out(job, formats, done)
 
 
-def _one(job: Job, format_name: str, staging: Path, truth: Reference) -> Exported:
-    """Write one format beside its place and read it back."""
+def _written(job: Job, format_name: str, staging: Path) -> Outcome:
+    """Write one format beside its place."""
+    layout = FORMATS[format_name]
+    return layout.write(job, staging / layout.target(job.name))
+
+
+def _read_back(job: Job, format_name: str, staging: Path, truth: Reference, outcome: Outcome) -> Exported:
+    """What the readers of a format find in what was written."""
     layout = FORMATS[format_name]
     path = staging / layout.target(job.name)
-    outcome = layout.write(job, path)
     readers, notes = readers_of(job, path, format_name, layout.readers)
     checks = tuple(verify(job, path, reader, truth, outcome) for reader in readers)
     if format_name == "embeddings":
         worst, count = words.check_words(job, path)
         checks = (Verification("load_textual_inversion", count, worst, 0.0, "", 0.0, 0.0, 0.0, 0.0),)
+    step = job.file.header.step
     return Exported(
-        format_name, path, _size(path), checks, outcome.rounding, outcome.lost, (*outcome.notes, *notes)
+        format_name, path, _size(path), step, checks, outcome.rounding, outcome.lost, (*outcome.notes, *notes)
     )
+
+
+@contextlib.contextmanager
+def _noting(refused: dict[str, ExportError], format_name: str) -> Iterator[None]:
+    try:
+        yield
+    except ExportError as error:
+        refused[format_name] = error
+
+
+def _all_of(refused: Mapping[str, ExportError], done: Sequence[Exported]) -> ExportError:
+    """All formats at once that cannot be had, beside those that are there."""
+    headline, problems = next((error.headline, error.problems) for error in refused.values())
+    if len(refused) > 1:
+        headline = f"{len(refused)} formats cannot be exported; nothing of them was kept."
+        problems = tuple(
+            told for name, error in refused.items() for told in (f"{name}: {error.headline}", *error.problems)
+        )
+    there = [f"the others are written and right: {', '.join(item.format for item in done)}."] if done else []
+    return ExportError(headline, [*problems, *there], tuple(refused), tuple(done))
+
+
+def _with_left_out(job: Job, formats: Sequence[str], done: list[Exported]) -> list[Exported]:
+    """The exports, with a note on those that were asked for and would hold nothing."""
+    left = [name for name in dict.fromkeys(formats) if name in adapter.LAYOUTS] if not job.file.components() else []
+    note = f"it learned words and nothing else, so there is nothing to write as {' or '.join(left)}"
+    return [
+        replace(item, notes=(*item.notes, note)) if left and item.format == "embeddings" else item for item in done
+    ]
 
 
 def _asked(job: Job, formats: Sequence[str]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +16,8 @@ from finetune.export.job import ExportError
 from finetune.export.metadata import private_parts, public_name
 
 TAGS = ("lora", "diffusers", "text-to-image", "template:sd-lora")
+WORD_TAGS = ("textual_inversion", "diffusers", "text-to-image")
+"""Of files that hold learned words alone."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,12 @@ class Card:
         author: who made it; empty leaves it out.
         pipeline: diffusers class that loads the base.
         repaints: whether that pipeline wants a picture and a mask beside the prompt.
-        embeddings: names of the files of learned words, in the folder `embeddings`.
+        words: learned word -> its file in the folder `embeddings`.
+        encoders: tensor in such a file -> the text encoder it is for; empty where a base has one.
+        words_alone: whether nothing but words was learned.
         kohya_file: name of the file for A1111 and ComfyUI; empty if there is none.
         diffusers_file: name of the file for diffusers; empty if there is none.
+        merged_folder, single_file: names of whole models with the adapter in them; empty if there are none.
         figures: (what, value) rows of the results table, e.g. ("subject fidelity", "0.83").
         training: (what, value) rows of the training table.
         data: (what, value) rows about the training pictures.
@@ -51,9 +56,13 @@ class Card:
     author: str = ""
     pipeline: str = "StableDiffusionPipeline"
     repaints: bool = False
-    embeddings: tuple[str, ...] = ()
+    words: Mapping[str, str] = field(default_factory=dict)
+    encoders: Mapping[str, str] = field(default_factory=dict)
+    words_alone: bool = False
     kohya_file: str = ""
     diffusers_file: str = "pytorch_lora_weights.safetensors"
+    merged_folder: str = ""
+    single_file: str = ""
     figures: Sequence[tuple[str, str]] = ()
     training: Sequence[tuple[str, str]] = ()
     data: Sequence[tuple[str, str]] = ()
@@ -111,7 +120,8 @@ def _front_matter(card: Card) -> str:
     if card.trigger_words:
         entries["instance_prompt"] = card.trigger_words[0]
     # "stable-diffusion-xl-v1-base" is filed under stable-diffusion-xl, "flux-1-dev" under flux.
-    entries["tags"] = [*TAGS, *filter(None, re.split(r"-v?\d", card.architecture)[:1])]
+    kind = WORD_TAGS if card.words_alone else TAGS
+    entries["tags"] = [*kind, *filter(None, re.split(r"-v?\d", card.architecture)[:1])]
     if card.gallery:
         entries["widget"] = [{"text": prompt, "output": {"url": picture}} for prompt, picture in card.gallery]
     text = yaml.safe_dump(entries, sort_keys=False, allow_unicode=True, width=math.inf)
@@ -124,15 +134,18 @@ def _usage(card: Card) -> list[str]:
     base = public_name(card.base)
     link = f"[{base}](https://huggingface.co/{base})" if is_hub_id(base) else f"`{base}`"
     parts = []
-    if card.diffusers_file:
+    if card.diffusers_file or card.words:
         given = ", image=picture, mask_image=mask" if card.repaints else ""
         origin = json.dumps(base if is_hub_id(card.base) else f"path/to/{base}")
+        loads = [f'pipeline.load_lora_weights(".", weight_name={json.dumps(card.diffusers_file)})\n']
+        loads = [*(loads if card.diffusers_file else []), *_word_lines(card)]
+        imports = "from safetensors.torch import load_file\n" if card.words and card.encoders else ""
         parts += [
             "With diffusers, from the folder that holds this file:",
             "```python\n"
-            f"from diffusers import {card.pipeline}\n\n"
+            f"from diffusers import {card.pipeline}\n{imports}\n"
             f"pipeline = {card.pipeline}.from_pretrained({origin})\n"
-            f'pipeline.load_lora_weights(".", weight_name={json.dumps(card.diffusers_file)})\n'
+            f"{''.join(loads)}"
             f'pipeline({json.dumps(prompt, ensure_ascii=False)}{given}).images[0].save("picture.png")\n'
             "```",
         ]
@@ -143,15 +156,39 @@ def _usage(card: Card) -> list[str]:
             f"In A1111 and Forge: copy `{card.kohya_file}` to `models/Lora` and write "
             f"`<lora:{stem}:1>` in the prompt.",
         ]
-    if card.embeddings:
+    if card.words:
         parts.append(
-            f"The learned words stand in `embeddings`: copy {', '.join(f'`{name}`' for name in card.embeddings)} to "
-            "`models/embeddings` (ComfyUI) or `embeddings` (A1111); diffusers reads them with `load_textual_inversion`."
+            f"The learned words stand in `embeddings`: copy {', '.join(f'`{name}`' for name in card.words.values())} "
+            "to `models/embeddings` (ComfyUI) or `embeddings` (A1111), where a word is called by its file's name."
+        )
+    if card.merged_folder:
+        parts.append(
+            f"The folder `{card.merged_folder}` is the whole pipeline with everything in it: "
+            f'`{card.pipeline}.from_pretrained("{card.merged_folder}")`, nothing else to load.'
+        )
+    if card.single_file:
+        parts.append(
+            f"The file `{card.single_file}` is the whole model with the adapter in it: copy it to `models/checkpoints` "
+            "(ComfyUI) or `models/Stable-diffusion` (A1111, Forge)."
         )
     return [
         *parts,
         f"The base model is {link}.",
     ]
+
+
+def _word_lines(card: Card) -> Iterator[str]:
+    """What teaches a diffusers pipeline the words."""
+    for word, name in card.words.items():
+        file, token = json.dumps(f"embeddings/{name}"), f"token={json.dumps(word)}"
+        if not card.encoders:
+            yield f"pipeline.load_textual_inversion({file}, {token})\n"
+        for key, encoder in card.encoders.items():
+            reader = encoder.replace("text_encoder", "tokenizer")
+            yield (
+                f"pipeline.load_textual_inversion(load_file({file})[{json.dumps(key)}], {token},\n"
+                f"    text_encoder=pipeline.{encoder}, tokenizer=pipeline.{reader})\n"
+            )
 
 
 def _licence(card: Card) -> str:
@@ -175,5 +212,6 @@ def _table(head: tuple[str, str], rows: Sequence[tuple[str, str]]) -> str:
         return ""
     lines = [head, ("---", "---"), *rows]
     return "\n".join(
-        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines
+        # A bare <word> would be taken for HTML and vanish.
+        "| " + " | ".join(re.sub(r"([|<])", r"\\\1", str(cell)) for cell in line) + " |" for line in lines
     )

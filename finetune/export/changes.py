@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from data_tools.errors import counted
 from finetune.adapters.files import DOWN, UP, delta_weight
 from finetune.adapters.updates import LORA, UPDATES, merged_bias, merged_weight
 from finetune.errors import first_few
 from finetune.export.job import ExportError, Job
 from finetune.interchange.adapter import Place
-from finetune.sampling import adapter_targets
+from finetune.sampling.apply import adapter_targets
 
 Deltas = dict[Place, Callable[[], dict[str, Tensor]]]
 """(component, canonical layer) -> what is added to its parameters ("weight", "bias"), on the CPU. Computed when it is
@@ -85,7 +86,7 @@ def check(job: Job) -> None:
     for name, tensor in sorted(job.file.tensors.items()):
         if not bool(torch.isfinite(tensor).all()):
             count = int((~torch.isfinite(tensor)).sum())
-            broken.append(f"{name} has {count} values that are not finite.")
+            broken.append(f"{name} has {counted(count, 'value that is', 'values that are')} not finite.")
         elif name.endswith((DOWN, UP)) and not bool(tensor.any()):
             idle.append(f"{name} is all zero: the layer has learnt nothing.")
     if not job.file.tensors:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from torch import nn
 
 from finetune.adapters.files import AdapterFile
 from finetune.errors import UserError
+from finetune.export.streaming import Digests
 from finetune.families.base import Components, ModelFamily
 from finetune.interchange.adapter import Adapter
-from finetune.sampling import network
+from finetune.sampling.apply import network
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """name -> number format of the written weights."""
@@ -22,9 +24,20 @@ DETAILS = ("minimal", "public", "full")
 
 
 class ExportError(UserError):
-    """A file that would not be what the user trained; nothing is kept under its final name."""
+    """A file that would not be what the user trained; nothing is kept under its final name.
+
+    Attributes:
+        formats: names of the formats that were refused; empty where the adapter or a paper is at fault.
+        done: what was exported all the same, see `export`.
+    """
 
     exit_code = 6
+
+    def __init__(
+        self, headline: str, problems: Iterable[str] = (), formats: Sequence[str] = (), done: Sequence[Any] = ()
+    ) -> None:
+        super().__init__(headline, problems)
+        self.formats, self.done = tuple(formats), tuple(done)
 
 
 @dataclass(frozen=True)
@@ -118,9 +131,11 @@ class Outcome:
         wanted: what was written in place of the adapter, where it is an approximation.
         lost: share of the adapter's change of the weights that an approximation takes; 0 if there is none.
         notes: what a user should know about the file.
+        digests: of a merged model, file -> what each of its tensors must read back as.
     """
 
     rounding: Rounding | None = None
     wanted: Adapter | None = None
     lost: float = 0.0
     notes: tuple[str, ...] = ()
+    digests: Mapping[Path, Digests] = field(default_factory=dict)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from pathlib import Path
 
 from finetune import storage
@@ -28,14 +29,20 @@ def write_manifest(folder: Path) -> Path:
     return path
 
 
-def check_manifest(folder: Path) -> list[str]:
-    """What no longer agrees with the folder's manifest, in words; empty if all is well."""
+def check_manifest(folder: Path, edited: Container[str] = ()) -> list[str]:
+    """What no longer agrees with the folder's manifest, in words; empty if all is well.
+
+    Args:
+        edited: names of files whose content does not matter.
+    """
     listed = storage.read_json(folder / NAME)["files"]
     problems = []
     for name, facts in listed.items():
         file = folder / name
         if not file.is_file():
             problems.append(f"{name} is missing.")
+        elif name in edited:
+            continue
         elif file.stat().st_size != facts["bytes"]:
             problems.append(f"{name} has {file.stat().st_size} bytes and should have {facts['bytes']}.")
         elif storage.sha256_file(file) != facts["sha256"]:

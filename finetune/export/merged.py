@@ -10,14 +10,14 @@ things a user can run in that format, the merged model and the rounded base with
 rounding of the base alone is thus not blamed on the adapter, and with a base already in that format cast(W)
 is W. Over all layers the squares of both norms are summed; more than LARGEST_LOSS of the adapter is refused.
 
-Tensors are made one at a time, when they are written.
+Tensors are made one at a time, when they are written, and what rounding took is summed up on the way.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,11 @@ from finetune.export import metadata
 from finetune.export.changes import Change, changes
 from finetune.export.folders import Words, save_config, scrub, with_words, word_rows
 from finetune.export.job import ExportError, Job, Outcome, Rounding
-from finetune.export.streaming import Plan, planned, write
+from finetune.export.streaming import Digests, Plan, planned, write
 from finetune.families.original_keys import IDENTITY, Layout, config_of, to_original
 from finetune.families.text import canonical
 from finetune.interchange.into_base import LARGEST_LOSS
-from finetune.sampling import build_pipeline
+from finetune.sampling.generate import build_pipeline
 
 
 def write_merged(job: Job, path: Path) -> Outcome:
@@ -46,14 +46,16 @@ def write_merged(job: Job, path: Path) -> Outcome:
         ExportError: if rounding disturbs more than LARGEST_LOSS of the change and the job is not forced, if a
             weight is too large for the number format, or if a configuration names something private.
     """
-    rounding = _checked_rounding(job)
+    tally = Tally()
     write_configs(job, path)
+    digests = {}
     for component, network in all_networks(job):
-        plan = network_plan(job, component, network)
+        plan = network_plan(job, component, network, tally)
         named = {canonical(network, component, name): entry for name, entry in plan.items()}
         storage_name = "diffusion_pytorch_model" if isinstance(network, ModelMixin) else "model"
-        _write(job, path / component / f"{storage_name}.safetensors", named, {"format": "pt"})
-    return Outcome(rounding=rounding)
+        file = path / component / f"{storage_name}.safetensors"
+        digests[file] = _write(job, file, named, {"format": "pt"}, f"{component}.")
+    return Outcome(rounding=_checked(job, tally), digests=digests)
 
 
 def write_single(job: Job, path: Path) -> Outcome:
@@ -63,11 +65,11 @@ def write_single(job: Job, path: Path) -> Outcome:
         ExportError: as `write_merged`.
         ConfigError: if a network holds something that such files have no place for.
     """
-    rounding = _checked_rounding(job)
-    _write(job, path, single_plan(job), metadata.modelspec(job, kind=""), hashed=True)
+    tally = Tally()
+    digests = _write(job, path, single_plan(job, tally), metadata.modelspec(job, kind=""), hashed=True)
     words = job.file.header.tokens
     notes = (f"the words {', '.join(words)} stand in files of their own.",) if words else ()
-    return Outcome(rounding=rounding, notes=notes)
+    return Outcome(rounding=_checked(job, tally), notes=notes, digests={path: digests})
 
 
 def write_configs(job: Job, path: Path) -> None:
@@ -88,30 +90,34 @@ def write_configs(job: Job, path: Path) -> None:
     scrub(path)
 
 
-def measure_rounding(job: Job) -> Rounding:
-    """How much of the adapter the job's number format keeps; see the top of this file."""
-    lost_sum = kept_sum = 0.0
-    worst, worst_module = 0.0, ""
-    for (component, module), change in changes(job).items():
-        layer: Any = change.layer
-        for name, delta in change.deltas().items():
-            weight = getattr(layer, name).detach().cpu()
-            exact = weight.double() + delta
-            lost = float(((exact.to(job.dtype).double() - weight.to(job.dtype).double()) - delta).norm())
-            size = float(delta.norm())
-            lost_sum, kept_sum = lost_sum + lost**2, kept_sum + size**2
-            if size and lost / size >= worst:
-                worst, worst_module = lost / size, f"{component}.{module}"
-    return Rounding(math.sqrt(lost_sum / kept_sum) if kept_sum else 0.0, worst, worst_module)
+@dataclass
+class Tally:
+    """What rounding took of all layers so far, as sums of squares; see the top of this file."""
+
+    lost: float = 0.0
+    whole: float = 0.0
+    worst: tuple[float, str] = (0.0, "")
+
+    def add(self, name: str, weight: Tensor, delta: Tensor, merged: Tensor) -> None:
+        """Count one weight: as it was, what is added to it, and what both became in the written number format."""
+        lost = float(((merged.double() - weight.to(merged.dtype).double()) - delta).norm())
+        size = float(delta.norm())
+        self.lost, self.whole = self.lost + lost**2, self.whole + size**2
+        if size:
+            self.worst = max(self.worst, (lost / size, name))
+
+    def rounding(self) -> Rounding:
+        """The sums as shares."""
+        return Rounding(math.sqrt(self.lost / self.whole) if self.whole else 0.0, *self.worst)
 
 
-def network_plan(job: Job, component: str, network: nn.Module) -> Plan:
+def network_plan(job: Job, component: str, network: nn.Module, tally: Tally) -> Plan:
     """Every tensor of a network with the adapter added, under installed names, in the job's number format."""
-    touched: dict[int, tuple[Change, str]] = {}
-    for (owner, _), change in changes(job).items():
+    touched: dict[int, Callable[[Tensor, torch.dtype], Tensor]] = {}
+    for (owner, module), change in changes(job).items():
         if owner == component:
             for name, parameter in change.layer.named_parameters(recurse=False):
-                touched[id(parameter)] = change, name
+                touched[id(parameter)] = partial(_changed, change, name, f"{component}.{module}", tally)
     rows = word_rows(job, component, network)
     plan = {}
     parameters = dict(network.named_parameters(remove_duplicate=False))
@@ -125,11 +131,11 @@ def network_plan(job: Job, component: str, network: nn.Module) -> Plan:
     return plan
 
 
-def single_plan(job: Job) -> Plan:
+def single_plan(job: Job, tally: Tally) -> Plan:
     """Every tensor of a single file in the original layout."""
     plan: dict[str, Any] = {}
     for component, network in all_networks(job):
-        plain = network_plan(without_words(job), component, network)
+        plain = network_plan(without_words(job), component, network, tally)
         plan |= _original(job.family.original[component], component, network, plain)
     if job.family.denoiser == "unet" and job.components.scheduler_config.get("prediction_type") == "v_prediction":
         # keep: ComfyUI, Forge and this toolkit take an empty tensor of this name for "predicts v".
@@ -169,49 +175,57 @@ def _original(layout: Layout, component: str, network: nn.Module, plain: Plan) -
         )
 
 
-def _made(tensor: Tensor, changed: tuple[Change, str] | None, dtype: torch.dtype, words: Words | None) -> Tensor:
-    exact = tensor.detach().cpu()
-    if changed is not None:
-        change, parameter = changed
-        delta = change.deltas().get(parameter)
-        exact = exact if delta is None else exact.double() + delta
+def _changed(change: Change, name: str, module: str, tally: Tally, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A parameter with what the adapter adds to it, rounded once."""
+    delta = change.deltas().get(name)
+    if delta is None:
+        return weight.to(dtype)
+    merged = (weight.double() + delta).to(dtype)
+    tally.add(module, weight, delta, merged)
+    return merged
+
+
+def _made(
+    tensor: Tensor, changed: Callable[[Tensor, torch.dtype], Tensor] | None, dtype: torch.dtype, words: Words | None
+) -> Tensor:
+    weight = tensor.detach().cpu()
+    made = changed(weight, dtype) if changed else weight.to(dtype)
     if words is not None:
         first, vectors = words
-        exact = torch.cat([exact[:first], vectors.to(exact.dtype), exact[first + len(vectors) :]])
-    return exact.to(dtype)
+        made = torch.cat([made[:first], vectors.to(dtype), made[first + len(vectors) :]])
+    return made
 
 
-def _write(job: Job, path: Path, plan: Plan, entries: dict[str, str], *, hashed: bool = False) -> None:
+def _write(
+    job: Job, path: Path, plan: Plan, entries: dict[str, str], prefix: str = "", *, hashed: bool = False
+) -> Digests:
     """Write a planned file and refuse weights that the number format has no words for."""
     overflowing: list[str] = []
 
     def watched(name: str, make: Callable[[], Tensor]) -> Tensor:
         tensor = make()
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            overflowing.append(f"{path.parent.name}.{name} is beyond {torch.finfo(tensor.dtype).max:.5g}.")
+            overflowing.append(f"{prefix}{name} is beyond {torch.finfo(tensor.dtype).max:.5g}.")
         return tensor
 
-    write(
-        path,
-        {name: type(entry)(entry.like, partial(watched, name, entry.make)) for name, entry in plan.items()},
-        entries,
-        hashed=hashed,
-    )
+    watching = {name: replace(entry, make=partial(watched, name, entry.make)) for name, entry in plan.items()}
+    digests = write(path, watching, entries, hashed=hashed)
     if overflowing:
         raise ExportError(
             f"The merged weights do not fit {job.dtype_name}. Write the merged model as bf16 or fp32.",
             first_few(overflowing),
         )
+    return digests
 
 
-def _checked_rounding(job: Job) -> Rounding:
-    rounding = measure_rounding(job)
+def _checked(job: Job, tally: Tally) -> Rounding:
+    rounding = tally.rounding()
     if rounding.total > LARGEST_LOSS and not job.force:
-        wider = "write the merged model in fp32, " if job.dtype != torch.float32 else ""
+        wider = "write it with --dtype fp32, " if job.dtype != torch.float32 else ""
         raise ExportError(
             f"Merged in {job.dtype_name}, rounding would disturb the weights by {rounding.total:.1%} of what "
             f"the adapter changes (limit {LARGEST_LOSS:.0%}; {rounding.worst_module}: {rounding.worst:.1%}).",
-            [f"{wider}use the adapter unmerged (kohya, diffusers), or force it."],
+            [f"{wider}use the adapter unmerged (kohya, diffusers), or keep it with --force."],
         )
     return rounding
 

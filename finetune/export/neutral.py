@@ -21,6 +21,8 @@ from finetune.tracking import Reporter
 
 BALANCED = {"lora", "locon", "rslora", "dora"}
 """Methods of two factors whose product alone counts."""
+STRONG = ("hada_w1_a", "lokr_w2", "lokr_w2_a")
+"""The factor that takes in the strength of a LoHa or LoKr."""
 
 
 def architecture(job: Job) -> Architecture:
@@ -49,12 +51,12 @@ def neutral(job: Job) -> Adapter:
 
 
 def without_alpha(adapter: Adapter) -> Adapter:
-    """The same adapter for kohya's readers, to whom two whole Kronecker factors have strength 1 whatever alpha says."""
-    updates = {
-        place: _whole(update) if update.method == "lokr" and update.rank is None else update
-        for place, update in adapter.updates.items()
-    }
-    return adapter.with_updates(updates)
+    """The same adapter for kohya's readers: the strength of a LoHa or LoKr goes into a factor, so that alpha = rank.
+
+    LyCORIS 3 multiplies it in twice when it merges such files, and all of them take two whole Kronecker factors for
+    strength 1 whatever alpha says.
+    """
+    return adapter.with_updates({place: _folded(update) for place, update in adapter.updates.items()})
 
 
 def as_lora(job: Job, adapter: Adapter, rank: int) -> tuple[Adapter, list[str]]:
@@ -78,8 +80,11 @@ def lost_share(job: Job, wanted: Adapter) -> float:
     return math.sqrt(lost / whole) if whole else 0.0
 
 
-def _whole(update: Update) -> Update:
-    return replace(update, scale=1.0, tensors={**update.tensors, "lokr_w2": update.tensors["lokr_w2"] * update.scale})
+def _folded(update: Update) -> Update:
+    part = next((part for part in STRONG if part in update.tensors), None)
+    if part is None:
+        return update
+    return replace(update, scale=1.0, tensors={**update.tensors, part: update.tensors[part] * update.scale})
 
 
 def _update(change: Change, dtype: torch.dtype) -> Update:

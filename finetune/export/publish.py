@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
@@ -13,12 +14,15 @@ from PIL import ExifTags, Image
 
 from finetune.errors import ConfigError, UserError, first_few
 from finetune.export.job import ExportError
+from finetune.export.manifest import NAME as MANIFEST
 from finetune.export.manifest import check_manifest
 from finetune.export.metadata import private_parts
 from finetune.header import read_header
 
 TEXTS = {".md", ".json", ".jsonl", ".txt", ".yaml"}
 CARD = "README.md"
+CLIENT_ERROR: Any = HfHubHTTPError.__bases__[0]
+"""What everything is that the hub's HTTP client raises, whichever client the installed version has."""
 LARGEST_TEXT = 20 * 2**20
 """Text files up to this many bytes are looked through; a larger one is refused."""
 
@@ -30,23 +34,26 @@ class Sent:
     Attributes:
         files: (name in the repository, bytes).
         address: of the commit; of the repository for a dry run.
+        notes: what the sender should know.
     """
 
     files: tuple[tuple[str, int], ...]
     address: str
+    notes: tuple[str, ...] = ()
 
     def rows(self) -> list[tuple[str, str]]:
         """For a table."""
         total = sum(size for _, size in self.files)
         listed = [(name, f"{size / 2**20:.2f} MB") for name, size in self.files]
-        return [*listed, ("all", f"{total / 2**20:.2f} MB to {self.address}")]
+        notes = [("", note) for note in self.notes]
+        return [*listed, ("all", f"{total / 2**20:.2f} MB to {self.address}"), *notes]
 
 
 def push_folder(folder: Path, repository: str, *, dry_run: bool = False, public: bool = False) -> Sent:
     """Send a built folder to the hub.
 
     Args:
-        folder: with a model card; if it has a manifest, every file must still be what the manifest says.
+        folder: with a model card; if it has a manifest, every file but the card must still be what the manifest says.
         repository: "owner/name".
         dry_run: check everything and send nothing.
         public: for a new repository; otherwise it is private.
@@ -57,7 +64,7 @@ def push_folder(folder: Path, repository: str, *, dry_run: bool = False, public:
     """
     files = _files(folder, repository)
     sent = Sent(tuple((name, (folder / name).stat().st_size) for name in files),
-                f"https://huggingface.co/{repository}")  # fmt: skip
+                f"https://huggingface.co/{repository}", _edited(folder))  # fmt: skip
     if dry_run:
         return sent
     api = HfApi()
@@ -67,10 +74,18 @@ def push_folder(folder: Path, repository: str, *, dry_run: bool = False, public:
                                    commit_message="Upload adapter")  # fmt: skip
     except LocalTokenNotFoundError as error:
         raise ConfigError("Nobody is logged in to the hub.", ["run `hf auth login`, or set HF_TOKEN."]) from error
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+    except (CLIENT_ERROR, OfflineModeIsEnabled, OSError) as error:
         first = (str(error).splitlines() or [""])[0]
-        raise ExportError(f"{repository} was not written.", [f"{type(error).__name__}: {first}"]) from error
-    return Sent(sent.files, str(commit.commit_url))
+        told = [f"{type(error).__name__}: {first}"]
+        told += [] if isinstance(error, HfHubHTTPError) else ["the same command sends it where there is a network."]
+        raise ExportError(f"{repository} was not written.", told) from error
+    return replace(sent, address=str(commit.commit_url))
+
+
+def _edited(folder: Path) -> tuple[str, ...]:
+    """What to say of a model card that somebody changed by hand."""
+    edited = (folder / MANIFEST).is_file() and len(check_manifest(folder)) > len(check_manifest(folder, {CARD}))
+    return (f"{CARD} was edited after the build; it goes as it is, {MANIFEST} still tells of the first",) * edited
 
 
 def _files(folder: Path, repository: str) -> list[str]:
@@ -92,7 +107,7 @@ def _files(folder: Path, repository: str) -> list[str]:
         problems.append(f"{folder} holds no .safetensors file; name the folder that `finetune build` made.")
     if problems:
         raise ConfigError("Nothing can be sent:", problems)
-    changed = check_manifest(folder) if (folder / "manifest.json").is_file() else []
+    changed = check_manifest(folder, {CARD}) if (folder / MANIFEST).is_file() else []
     if changed:
         raise ConfigError(f"{folder} is no longer what was built; build it again.", first_few(changed))
     if private := [f"{name} holds {part}." for name in files for part in _private(folder / name)]:

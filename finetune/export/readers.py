@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -22,17 +23,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from finetune.errors import first_few
 from finetune.export import kohya_reader, merged
 from finetune.export.changes import Deltas, deltas
-from finetune.export.job import ExportError, Job
-from finetune.export.merged import all_networks, network_plan, single_plan
-from finetune.export.streaming import differing
+from finetune.export.job import Job
+from finetune.export.wide import NARROW
 from finetune.families import Choices, load_family
 from finetune.families.base import Components
 from finetune.families.text import canonical
 from finetune.interchange.adapter import Place
-from finetune.sampling import build_pipeline
+from finetune.sampling.generate import build_pipeline
 
 ADAPTER = "exported"
 
@@ -59,7 +58,7 @@ class Reading:
 
 def read_diffusers(job: Job, path: Path) -> Reading:
     """`pipeline.load_lora_weights`, as every diffusers user calls it."""
-    components = shared_copies(job)
+    components, give_back = _wide_copies(job)
     pipeline = build_pipeline(job.family, components)
     pipeline.load_lora_weights(
         str(path.parent),
@@ -68,17 +67,17 @@ def read_diffusers(job: Job, path: Path) -> Reading:
         local_files_only=True,
         use_safetensors=True,
     )
-    return _peft_reading(replace(job, components=components), components, ADAPTER)
+    return _peft_reading(replace(job, components=components), give_back)
 
 
 def read_peft(job: Job, path: Path) -> Reading:
     """`PeftModel.from_pretrained` on every network that has a folder."""
-    components = shared_copies(job)
+    components, give_back = _wide_copies(job)
     copied = replace(job, components=components)
     for component, network in copied.networks():
         if (path / component).is_dir():
             peft.PeftModel.from_pretrained(network, str(path / component), adapter_name=ADAPTER)
-    return _peft_reading(copied, components, ADAPTER)
+    return _peft_reading(copied, give_back)
 
 
 def read_kohya(job: Job, path: Path) -> Reading:
@@ -98,48 +97,29 @@ def read_kohya(job: Job, path: Path) -> Reading:
 
 
 def read_merged(job: Job, path: Path) -> Reading:
-    """`DiffusionPipeline.from_pretrained`; every tensor must be bit for bit what was to be written."""
-    problems = []
-    for component, network in all_networks(job):
-        files = list((path / component).glob("*.safetensors"))
-        plan = network_plan(job, component, network)
-        named = {canonical(network, component, name): entry for name, entry in plan.items()}
-        problems += [f"{component}.{problem}" for file in files for problem in differing(file, named)]
-    if problems:
-        raise ExportError(f"{path.name} does not read back as it was written.", first_few(problems))
+    """`DiffusionPipeline.from_pretrained`."""
     pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(
-        str(path), torch_dtype=job.dtype, local_files_only=True, use_safetensors=True
+        str(path), dtype=job.dtype, local_files_only=True, use_safetensors=True
     )
     return _pipeline_reading(job, pipeline, words=True)
 
 
 def read_single(job: Job, path: Path) -> Reading:
     """`from_single_file`, with the configuration of the base instead of one from the hub."""
-    problems = list(differing(path, single_plan(job)))
-    if problems:
-        raise ExportError(f"{path.name} does not read back as it was written.", first_few(problems))
-    folder = path.parent / ".configuration"
-    try:
-        merged.write_configs(merged.without_words(job), folder)
+    with _configuration(job, path) as folder:
         constructor = getattr(diffusers, job.family.pipeline_for(job.components.denoiser.config))
         pipeline: Any = constructor.from_single_file(
             str(path), config=str(folder), local_files_only=True, torch_dtype=job.dtype
         )
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return _pipeline_reading(job, pipeline, words=False)
 
 
 def read_original(job: Job, path: Path) -> Reading:
     """This toolkit's own reader of single files, which takes every tensor or none."""
-    folder = path.parent / ".configuration"
     prediction = job.components.scheduler_config.get("prediction_type")
-    try:
-        merged.write_configs(merged.without_words(job), folder)
+    with _configuration(job, path) as folder:
         choices = Choices(skeleton=folder, prediction=prediction if job.family.denoiser == "unet" else None)
-        _, components = load_family(str(path), dtype=torch.float32, choices=choices)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        _, components = load_family(str(path), dtype=None, choices=choices)
     return Reading(components, None, len(deltas(job)), job.dtype)
 
 
@@ -154,28 +134,65 @@ READERS: dict[str, Callable[[Job, Path], Reading]] = {
 """name -> how that kind of program reads a file."""
 
 
-def shared_copies(job: Job) -> Components:
-    """The networks once more, free to be changed in structure; their weights are the live ones."""
+@contextmanager
+def _configuration(job: Job, path: Path) -> Iterator[Path]:
+    """The base's configuration beside a single file, while the block runs."""
+    folder = path.parent / ".configuration"
+    try:
+        merged.write_configs(merged.without_words(job), folder)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def shared_copies(job: Job, instead: Mapping[int, Tensor] | None = None) -> Components:
+    """The networks once more, free to be changed in structure; their weights are the live ones.
+
+    Args:
+        instead: id of a live weight -> what stands in its place in the copy.
+    """
     components = job.components
+
+    def copied(network: nn.Module) -> Any:
+        weights = {id(tensor): tensor for tensor in chain(network.parameters(), network.buffers())}
+        return copy.deepcopy(network, {**weights, **(instead or {})})
+
     return replace(
         components,
-        denoiser=_shared_copy(components.denoiser),
-        text_encoders={name: _shared_copy(network) for name, network in components.text_encoders.items()},
+        denoiser=copied(components.denoiser),
+        text_encoders={name: copied(network) for name, network in components.text_encoders.items()},
         tokenizers={name: copy.deepcopy(tokenizer) for name, tokenizer in components.tokenizers.items()},
     )
 
 
-def _shared_copy(network: nn.Module) -> nn.Module:
-    weights = chain(network.parameters(), network.buffers())
-    return copy.deepcopy(network, {id(tensor): tensor for tensor in weights})
+def _wide_copies(job: Job) -> tuple[Components, Callable[[], None]]:
+    """Shared copies that say they are fp32, and what gives them the live weights when an adapter is loaded.
+
+    PEFT rounds an adapter to the number format of the layers it meets; these stand-ins hold one number each.
+    """
+    live = [weight for _, network in job.networks() for weight in network.parameters() if weight.dtype in NARROW]
+    instead = {
+        id(weight): nn.Parameter(torch.zeros((), device=weight.device).expand(weight.shape), requires_grad=False)
+        for weight in live
+    }
+    own = {id(instead[id(weight)]): weight for weight in live}
+    components = shared_copies(job, instead)
+
+    def give_back() -> None:
+        for module in chain.from_iterable(root.modules() for root in components.modules().values()):
+            for name, parameter in module._parameters.items():
+                module._parameters[name] = own.get(id(parameter), parameter)
+
+    return components, give_back
 
 
 def _pipeline_reading(job: Job, pipeline: Any, *, words: bool) -> Reading:
     live = dict(job.networks())
 
     def like_live(component: str) -> Any:
-        parameter = next(live[component].parameters())
-        return getattr(pipeline, component).eval().to(parameter.device, parameter.dtype)
+        device = next(live[component].parameters()).device
+        found = getattr(pipeline, component).eval()
+        return found if device.type == "meta" else found.to(device)
 
     components = replace(
         job.components,
@@ -190,21 +207,23 @@ def _pipeline_reading(job: Job, pipeline: Any, *, words: bool) -> Reading:
     return Reading(components, None, len(deltas(job)), job.dtype, words)
 
 
-def _peft_reading(job: Job, components: Components, adapter: str) -> Reading:
+def _peft_reading(job: Job, give_back: Callable[[], None]) -> Reading:
     found: Deltas = {}
     dtype = job.dtype
     for component, network in job.networks():
         for name, layer in network.named_modules():
-            if isinstance(layer, BaseTunerLayer) and adapter in layer.active_adapters and _has(layer, adapter):
+            if isinstance(layer, BaseTunerLayer) and ADAPTER in layer.active_adapters and _has(layer):
                 place: Place = component, canonical(network, component, name)
                 found[place] = partial(_merged_by_peft, layer)
                 own = [p.dtype for n, p in layer.named_parameters() if not n.startswith("base_layer.")]
                 dtype = min([dtype, *own], key=lambda held: held.itemsize)
-    return Reading(components, found, len(found), dtype)
+                layer.float()
+    give_back()
+    return Reading(job.components, found, len(found), dtype)
 
 
-def _has(layer: BaseTunerLayer, adapter: str) -> bool:
-    return any(f".{adapter}." in f".{name}." for name, _ in layer.named_parameters())
+def _has(layer: BaseTunerLayer) -> bool:
+    return any(f".{ADAPTER}." in f".{name}." for name, _ in layer.named_parameters())
 
 
 def _merged_by_peft(layer: Any) -> dict[str, Tensor]:

@@ -4,71 +4,105 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from finetune.adapters.files import ADAPTER_FILE, AdapterFile
+from finetune.adapters.files import AdapterFile
 from finetune.config import Run
 from finetune.errors import CheckpointError
-from finetune.export import Exported, export
-from finetune.export.job import Papers
+from finetune.export import FORMATS, Exported, export
+from finetune.export.job import ExportError, Papers
 from finetune.export.shown import samples_of
-from finetune.export.sidecars import thumbnail, write_sidecars
+from finetune.export.sidecars import install, places, thumbnail, write_sidecars
 from finetune.families import load_model
-from finetune.families.folders import names_folder
-from finetune.run_files import dump_run
+from finetune.families.places import names_folder
+from finetune.run_files import dump_run, finished_adapter
 from finetune.sampling.merging import merge_first
 from finetune.storage import read_json
 from finetune.tracking import Reporter
 
 
 def export_run(
-    run_folder: Path, run: Run, output: Path, reporter: Reporter | None = None, *, force: bool = False,
-    source: Path | None = None, lossy: int | None = None,
+    run_folder: Path, run: Run, output: Path | None = None, reporter: Reporter | None = None, *, force: bool = False,
+    source: Path | None = None, lossy: int | None = None, program: str = "",
 ) -> list[Exported]:
     """Export the adapter that a run left, and read every file back.
 
     Args:
         run_folder: holds adapter.safetensors.
         run: the run that made it; names the base model and the export's formats, name and number format.
-        output: folder for the files.
+        output: folder for the files; None: `exports` in the run folder, and a folder per step in there for `source`.
         force: keep a merged model although rounding takes much of the adapter.
-        source: another adapter of this run, such as a checkpoint's; None: the finished one.
+        source: another adapter of this run, such as a checkpoint's, whose files are called after its step; None: the
+            finished one.
         lossy: rank of the LoRA that stands in where a format cannot say what the adapter does; None refuses.
+        program: "comfyui:FOLDER" or "a1111:FOLDER": copy the files to where it reads them; the notes say where.
 
     Raises:
+        ConfigError: if that program cannot read what is asked for, or its folder is not its own.
         CheckpointError: if the run is not finished, or its base model is not the one it was trained on.
+        ExportError: if a format cannot be had; the others are there then, and it says how to get what is missing.
     """
-    path = source or run_folder / ADAPTER_FILE
-    if not path.is_file():
-        raise CheckpointError(
-            f"{run_folder} holds no {ADAPTER_FILE}: its run is not finished; go on with `finetune train {run_folder}`."
-        )
+    path = source or finished_adapter(run_folder)
     file = AdapterFile.read(path)
-    # keep: deltas are computed and compared in fp32; what is written is cast once, at the end.
-    family, components = load_model(run.model, torch.float32, whole=True)
-    if run.adapter is not None:
-        merge_first(run.adapter.merge_first, family, components, names_folder(run.model.base))
+    beside = ["embeddings"] if file.header.tokens else []
+    wanted = places(program, [*run.export.formats, *beside]) if program else {}
+    name, target = run.export_name(), output or run_folder / "exports"
+    if source:
+        # keep: a file beside the finished one, or in a program's folder, must not take its place. So does sd-scripts.
+        name = f"{name}-{file.header.step:06d}"
+        target = output or target / f"step-{file.header.step:06d}"
+    first = run.adapter.merge_first if run.adapter else []
+    # keep: what changes weights of the live base is computed in fp32; else they stay as stored, and are widened in use.
+    exact = first or file.header.tokens or "full" in file.header.method.values()
+    family, components = load_model(run.model, torch.float32 if exact else None, whole=True)
+    merge_first(first, family, components, names_folder(run.model.base))
     if file.header.base_digest != components.digest:
         raise CheckpointError(
             f"{path} was trained on the base {file.header.base} with digest {file.header.base_digest[:12]}; "
             f"model.base={run.model.base} has {components.digest[:12]}. Name the base it was trained on."
         )
-    papers = run_papers(run_folder, run, components.source, run.data.resolution or family.native_resolution(components))
+    side = run.data.resolution or family.native_resolution(components)
+    papers = replace(run_papers(run_folder, run, components.source, side), title=name)
     with (reporter or Reporter()).progress("Exporting and reading back", 1) as advance:
-        done = export(
-            file, family, components, output,
-            name=run.export_name(), formats=run.export.formats, dtype=run.export.dtype, papers=papers, force=force,
-            lossy=lossy,
-        )  # fmt: skip
+        refused: ExportError | None = None
+        try:
+            done = export(
+                file, family, components, target,
+                name=name, formats=run.export.formats, dtype=run.export.dtype, papers=papers, force=force,
+                lossy=lossy, keep_base=False,
+            )  # fmt: skip
+        except ExportError as error:
+            refused, done = error, list(error.done)
         advance(1, "")
     if any(item.format == "kohya" for item in done):
-        face = _face(run_folder)
-        write_sidecars(output, run.export_name(), family, file.header.trigger_words, papers, face)
-    return done
+        write_sidecars(target, name, family, file.header.trigger_words, papers, _face(run_folder))
+    installed = [_installed(item, wanted) for item in done]
+    if refused:
+        raise _with_command(refused, run_folder, run.export.dtype)
+    return installed
+
+
+def _with_command(refused: ExportError, run_folder: Path, dtype: str) -> ExportError:
+    """The same with the command that writes what is missing."""
+    whole = [name for name in refused.formats if FORMATS[name].whole]
+    if not whole or dtype == "fp32":
+        return refused
+    asked = " ".join(f"-f {name}" for name in whole)
+    command = f"`finetune export {shlex.quote(str(run_folder))} {asked} --dtype fp32` writes what is missing."
+    return ExportError(refused.headline, [*refused.problems, command], refused.formats, refused.done)
+
+
+def _installed(item: Exported, wanted: Mapping[str, Path]) -> Exported:
+    if item.format not in wanted:
+        return item
+    copies = install(item.path, wanted[item.format])
+    return replace(item, notes=(*item.notes, *(f"installed as {path}" for path in copies)))
 
 
 def run_papers(run_folder: Path, run: Run, base: str, resolution: int) -> Papers:
@@ -88,13 +122,19 @@ def run_papers(run_folder: Path, run: Run, base: str, resolution: int) -> Papers
         images=len(pictures) if pictures else None,
         dataset_digest=hashlib.sha256(json.dumps(pictures, sort_keys=True).encode()).hexdigest() if pictures else "",
         resolution=resolution,
-        learning_rate=(run.adapter.learning_rate if run.adapter else None) or run.optimizer.learning_rate,
+        learning_rate=_learning_rate(run),
         optimizer=run.optimizer.name,
         seed=run.train.seed,
         thumbnail=thumbnail(face) if face else "",
         configuration=without_places(run, base),
         detail=run.export.metadata,
     )
+
+
+def _learning_rate(run: Run) -> float:
+    """Of the first that was trained: the denoiser, else text encoders, else words."""
+    trained = next(part for part in (run.adapter, run.text_encoder_adapter, run.tokens) if part is not None)
+    return trained.learning_rate or run.optimizer.learning_rate
 
 
 def without_places(run: Run, base: str) -> dict[str, Any]:
@@ -127,7 +167,7 @@ def exported_rows(exported: Sequence[Exported]) -> list[tuple[str, str]]:
     For adapter files that is how far the worst reader's change of a layer is from the trained one; for a merged model
     the share of the adapter that its number format rounds away. Both with the largest difference of an output.
     """
-    rows = []
+    rows = [("step", str(item.step)) for item in exported[:1]]
     for item in exported:
         size = f"{item.path}  {item.bytes / 2**20:.2f} MB"
         readers = ", ".join(check.reader for check in item.verification)

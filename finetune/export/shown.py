@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from data_tools.errors import counted
 from finetune.export.sidecars import write_picture
 from finetune.prompt_lines import parse_prompt
 from finetune.sampling.grid import Row, contact_sheet
@@ -89,7 +90,7 @@ def data_rows(run_folder: Path, outside: float) -> list[tuple[str, str]]:
         ("pictures", f"{len(own)} of the subject" + (f", {others} of its ordinary class" if others else "")),
         ("trained at, in pixels", ", ".join(shown)),
         ("captions", _captions([caption for _, captions, *_ in own for caption in captions])),
-        ("masks", f"{masks} of {len(own)} pictures; outside counts {outside:g}" if masks else "none"),
+        ("masks", f"{masks} of {counted(len(own), 'picture')}; outside counts {outside:g}" if masks else "none"),
     ]
     return rows if own else []
 
@@ -99,7 +100,7 @@ def _captions(captions: Sequence[str]) -> str:
     if not any(different):
         return "empty"
     lengths = sorted(len(caption.split()) for caption in different)
-    words = f"{lengths[0]} words" if lengths[0] == lengths[-1] else f"{lengths[0]} to {lengths[-1]} words"
+    words = counted(lengths[0], "word") if lengths[0] == lengths[-1] else f"{lengths[0]} to {lengths[-1]} words"
     return f"one for all of them, {words}" if len(different) == 1 else f"{len(different)} different, {words}"
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -70,18 +71,17 @@ def write_picture(image: Image.Image, target: Path) -> None:
     stream = io.BytesIO()
     bare = Image.frombytes(image.mode, image.size, image.tobytes())
     bare.save(stream, "PNG")
-    _put(stream.getvalue(), target)
+    beside = target.with_name(f".{target.name}.part")
+    with storage.disk_errors(target):
+        beside.write_bytes(stream.getvalue())
+        storage.publish(beside, target)
 
 
-def install_files(where: str, exported: dict[str, Path]) -> list[Path]:
-    """Copy exported files to where a program looks for them.
+def places(where: str, formats: Iterable[str]) -> dict[str, Path]:
+    """Format -> the folder where a program looks for such files; it may be missing where its neighbours are there.
 
     Args:
         where: "comfyui:FOLDER" or "a1111:FOLDER", the folder of the program itself.
-        exported: format -> file or folder.
-
-    Returns:
-        the new files.
 
     Raises:
         ConfigError: for a program that is not known, a folder that is not its own, or formats it has no place for.
@@ -93,27 +93,28 @@ def install_files(where: str, exported: dict[str, Path]) -> list[Path]:
             [f"write {' or '.join(f'{name}:FOLDER' for name in PLACES)}."],
         )
     folder = Path(text).expanduser()
-    places = {name: folder / place for name, place in PLACES[program].items() if name in exported}
-    problems = [f"{place} does not exist; is {folder} the folder of {program}?" for place in places.values()
-                if not place.is_dir()]  # fmt: skip
-    if not places:
+    found = {name: folder / place for name, place in PLACES[program].items() if name in formats}
+    problems = [f"{place} does not exist; is {folder} the folder of {program}?" for place in found.values()
+                if not (place.is_dir() or (place.parent != folder and place.parent.is_dir()))]  # fmt: skip
+    if not found:
         problems.append(f"{program} reads {', '.join(PLACES[program])}; export one of them.")
     if problems:
         raise ConfigError("The files cannot be installed:", problems)
-    found = []
-    for name, place in places.items():
-        source = exported[name]
-        files = sorted(source.iterdir()) if source.is_dir() else sorted(source.parent.glob(f"{source.stem}.*"))
-        for file in files:
-            if file.suffix in {".safetensors", ".json", ".png"}:
-                found.append(place / file.name)
-                _put(file.read_bytes(), found[-1])
     return found
 
 
-def _put(data: bytes, target: Path) -> None:
-    """Write a file whole or not at all."""
-    beside = target.with_name(f".{target.name}.part")
-    with storage.disk_errors(target):
-        beside.write_bytes(data)
-        storage.publish(beside, target)
+def install(source: Path, folder: Path) -> list[Path]:
+    """Copy an exported file with what lies beside it, or what an exported folder holds; the new files."""
+    with storage.disk_errors(folder):
+        folder.mkdir(exist_ok=True)
+    files = sorted(source.iterdir()) if source.is_dir() else sorted(source.parent.glob(f"{source.stem}.*"))
+    found = []
+    for file in files:
+        if file.suffix in {".safetensors", ".json", ".png"}:
+            target = folder / file.name
+            beside = target.with_name(f".{target.name}.part")
+            with storage.disk_errors(target):
+                shutil.copyfile(file, beside)
+                storage.publish(beside, target)
+            found.append(target)
+    return found

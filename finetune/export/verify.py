@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -11,13 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data_tools.errors import counted
 from finetune.errors import first_few
 from finetune.export.changes import Deltas, deltas
 from finetune.export.job import ExportError, Job, Outcome
 from finetune.export.readers import READERS, Reading
+from finetune.export.streaming import differing
+from finetune.export.wide import computing_wide
 from finetune.families.base import Components, ModelFamily, SizeConditioning
 from finetune.rng import rng
-from finetune.sampling import adapter_applied, evaluating
+from finetune.sampling.apply import adapter_applied, evaluating
 
 WEIGHTS_LIMIT = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 """Written number format -> largest allowed |change read - change trained| / |change trained| of a module.
@@ -27,11 +31,11 @@ half precision has no finer numbers. Two factors rounded to nearest lose at most
 and 2**-8 each in bf16; the limits are twice that.
 """
 NEGLIGIBLE = 1e-4
-COMPUTE_LIMIT = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Number format of the live networks -> how far two orders of a sum may differ, over the largest output."""
+COMPUTE_LIMIT = 1e-5
+"""How far two orders of a sum may differ in fp32, over the largest output."""
 AMPLIFICATION = 5.0
 """A relative change of half-precision weights may change outputs this much more."""
-LARGEST_SIDE = 32
+LARGEST_SIDE = 8
 """Latents used for the comparison are at most this wide and high."""
 PROMPTS = ("a photo", "a red house by the sea, painted in oil")
 
@@ -118,6 +122,9 @@ def verify(job: Job, path: Path, reader: str, truth: Reference, outcome: Outcome
             rounding explains; the worst layers are named. An approximation is held against what was to be written,
             and how far its outputs are from the trained ones is measured, not limited.
     """
+    problems = [problem for file, digests in outcome.digests.items() for problem in differing(file, digests)]
+    if problems:
+        raise ExportError(f"{path.name} does not read back as it was written.", first_few(problems))
     reading = _read(job, path, reader)
     weights = (0.0, 0.0, "")
     if reading.deltas is not None:
@@ -129,7 +136,7 @@ def verify(job: Job, path: Path, reader: str, truth: Reference, outcome: Outcome
     effect = max(
         _difference(truth.live, truth.without)[1], _difference(truth.words, truth.without)[1] if truth.words else 0.0
     )
-    limit = COMPUTE_LIMIT[next(job.components.denoiser.parameters()).dtype]
+    limit = COMPUTE_LIMIT
     if job.dtype != torch.float32:
         limit += AMPLIFICATION * WEIGHTS_LIMIT[job.dtype] * effect
     result = Verification(reader, reading.modules, *weights, max_abs, relative, effect, limit)
@@ -161,29 +168,28 @@ def _read(job: Job, path: Path, reader: str) -> Reading:
 def outputs(
     family: ModelFamily, components: Components, prompts: Sequence[str] = PROMPTS
 ) -> dict[str, Tensor]:
-    """What the text encoders and the denoiser say to fixed prompts, noise and timesteps; on the CPU, in fp32.
+    """What the text encoders and the denoiser say to fixed prompts, noise and timesteps; computed in fp32.
 
     TF32 is off meanwhile: its rounding would hide a difference.
     """
     device = family.device_of(components.denoiser)
-    parameter = next(components.denoiser.parameters())
     config: Any = components.denoiser.config
     side = min(int(getattr(config, "sample_size", None) or LARGEST_SIDE), LARGEST_SIDE)
     shape = (len(prompts), family.input_channels(components.denoiser), side, side)
-    noisy = torch.randn(shape, generator=rng(0, "verify")).to(device, parameter.dtype)
+    noisy = torch.randn(shape, generator=rng(0, "verify")).to(device)
     pixels = torch.full((len(prompts), 2), side * 8, device=device)
     sizes = SizeConditioning(pixels, torch.zeros_like(pixels), pixels)
     tokens = {
         name: ids.to(device) for name, ids in family.tokenize(components.tokenizers, list(prompts)).items()
     }
-    with (
-        evaluating(components),
-        torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False),
-    ):
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(components))
+        stack.enter_context(torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False))
+        for network in (components.denoiser, *components.text_encoders.values()):
+            stack.enter_context(computing_wide(network))
         conditioning = family.encode_prompts(components.text_encoders, tokens)
-        narrow = {name: tensor.to(parameter.dtype) for name, tensor in conditioning.items()}
         timesteps = torch.tensor([100, 700], device=device)
-        prediction = family.predict(components.denoiser, noisy, timesteps, narrow, sizes)
+        prediction = family.predict(components.denoiser, noisy, timesteps, conditioning, sizes)
     return {name: tensor.float().cpu() for name, tensor in {**conditioning, "prediction": prediction}.items()}
 
 
@@ -204,11 +210,12 @@ def _compare_weights(
         problems += [f"{'.'.join(key)} loses its {name}." for name in ours if name not in theirs and ours[name].any()]
         for name in sorted(ours.keys() & theirs.keys()):
             difference = theirs[name].double().cpu().reshape(ours[name].shape) - ours[name].cpu()
-            measured.append((".".join(key), difference.norm(), ours[name].norm(), difference.abs().max()))
-    least = NEGLIGIBLE * max((float(size) for _, _, size, _ in measured), default=0.0)
+            # keep: numbers, not tensors: each of those would pin the memory of large ones that came before it.
+            norms = float(difference.norm()), float(ours[name].norm()), float(difference.abs().max())
+            measured.append((".".join(key), *norms))
+    least = NEGLIGIBLE * max((size for _, _, size, _ in measured), default=0.0)
     figures = sorted(
-        ((float(lost) / (max(float(size), least) or 1.0), float(most), name) for name, lost, size, most in measured),
-        reverse=True,
+        ((lost / (max(size, least) or 1.0), most, name) for name, lost, size, most in measured), reverse=True
     )
     problems += [
         f"{name} differs by {relative:.2e} of its size."
@@ -217,8 +224,8 @@ def _compare_weights(
     ]
     if problems:
         raise ExportError(
-            f"{path.name} was not kept: read back by {reader}, {len(problems)} modules are not what was "
-            f"trained (at most {limit:.0e} of a module's change may be lost in {job.dtype_name}).",
+            f"{path.name} was not kept: read back by {reader}, {counted(len(problems), 'module is', 'modules are')} "
+            f"not what was trained (at most {limit:.0e} of a module's change may be lost in {job.dtype_name}).",
             [*first_few(problems), *_advice(job)],
         )
     if not figures:

@@ -15,7 +15,7 @@ from finetune.export.job import ExportError, Job, Outcome
 from finetune.export.neutral import architecture
 from finetune.interchange.layouts import WORD
 from finetune.interchange.words import file_names
-from finetune.sampling import build_pipeline
+from finetune.sampling.generate import build_pipeline
 
 FOLDER = "embeddings"
 """Where the files lie, one per word; the name A1111 and ComfyUI give the folder they read them from."""

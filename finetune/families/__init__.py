@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from finetune.families.base import Components, Conditioning, Latents, ModelFamily, Reading, SizeConditioning
     from finetune.families.choices import Choices
     from finetune.families.detect import Detection, detect_family
-    from finetune.families.registry import FAMILIES, load_family, load_model
+    from finetune.families.registry import FAMILIES, denoiser_config, load_family, load_model
 
 _ON_DEMAND = {
     "FAMILIES": "finetune.families.registry",
@@ -24,6 +24,7 @@ _ON_DEMAND = {
     "ModelFamily": "finetune.families.base",
     "Reading": "finetune.families.base",
     "SizeConditioning": "finetune.families.base",
+    "denoiser_config": "finetune.families.registry",
     "detect_family": "finetune.families.detect",
     "load_family": "finetune.families.registry",
     "load_model": "finetune.families.registry",
@@ -40,6 +41,7 @@ __all__ = [
     "ModelFamily",
     "Reading",
     "SizeConditioning",
+    "denoiser_config",
     "detect_family",
     "load_family",
     "load_model",

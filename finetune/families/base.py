@@ -13,7 +13,9 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from finetune.devices import let_go
 from finetune.families import reading
+from finetune.families.frozen import let_go_host
 from finetune.families.original_keys import Layout
 from finetune.families.text import spelled_out
 
@@ -111,6 +113,12 @@ class Components:
             named["vae"] = self.vae
         return named
 
+    def let_go(self) -> None:
+        """Free all weights when their turn is over; shapes and configurations stay."""
+        for network in self.modules().values():
+            let_go_host(network)
+        let_go(self.modules().values())
+
     def drawing(self) -> list[nn.Module]:
         """What is needed all through drawing: the denoiser and the autoencoder. Text encoders only visit."""
         return [self.denoiser, *([self.vae] if self.vae is not None else [])]
@@ -167,6 +175,8 @@ class ModelFamily(ABC):
     """Guidance strength that published pictures of this family are usually made with."""
     distilled_guidance: ClassVar[bool] = False
     """Whether the denoiser is told the guidance strength, so that no negative prompt is read."""
+    hands_sigmas: ClassVar[bool] = False
+    """Whether the pipeline gives its sampler noise levels that depend on the picture's size."""
     packing: ClassVar[int] = 1
     """Side of the square of latents that the pipeline's own latents hold in one token; 1 when they are a picture."""
     pipeline_starts_from_picture: ClassVar[bool] = False

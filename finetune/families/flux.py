@@ -56,6 +56,7 @@ class Flux(ModelFamily):
     pipeline_prompts = {  # noqa: RUF012
         "encoder_hidden_states": "prompt_embeds", "pooled_projections": "pooled_prompt_embeds",
     }  # fmt: skip
+    hands_sigmas = True
     packing = SIDE
 
     def matches(self, model_index: dict[str, Any], denoiser_config: dict[str, Any]) -> bool:

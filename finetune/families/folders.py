@@ -12,24 +12,29 @@ import diffusers
 import torch
 from safetensors import SafetensorError
 
-from finetune.demo import BASE_DIR
 from finetune.errors import ConfigError, UnsafeError
 from finetune.families.base import ModelFamily
 from finetune.families.choices import Choices
 from finetune.families.detect import other_inputs
-from finetune.families.parts import PICKLED, Loaded, replaced_configs, replaced_digests, replacements
+from finetune.families.parts import Loaded, replaced_configs, replaced_digests, replacements
+from finetune.families.places import check_place, names_folder
 from finetune.families.said import Said, settled
 from finetune.families.skeleton import of_folder
+from finetune.header import read_header
 from finetune.storage import sha256_file
 
-DEMO = "demo"
-"""The name of the embedded base model."""
-
-
-def names_folder(base: str) -> Path | None:
-    """The folder whose configurations name a base's layers, if it is on this disk under that name; never fetched."""
-    folder = BASE_DIR if base == DEMO else Path(base).expanduser()
-    return folder if folder.is_dir() else None
+FLOATS = {"F64": torch.float32, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Number format of a file -> what its numbers are held in where nothing else is asked for."""
+REASONS = {
+    "GatedRepoError": "its owner asks for terms to be accepted: do so on its page, then `hf auth login`",
+    "RevisionNotFoundError": "it has no such branch, tag or commit; model.revision names one",
+    "RepositoryNotFoundError": "there is no such repository, or it is private: check the spelling, or `hf auth login`",
+}
+"""What the hub's client raises -> what it means, the most special first."""
+UNREACHED = (
+    "the hub cannot be reached, and it was not fetched before; fetch it where there is a network (`hf download ...`) "
+    "and name the folder, or check the spelling if it should be a folder here"
+)
 
 
 def local_folder(base: str, revision: str | None, variant: str | None) -> Path:
@@ -39,46 +44,37 @@ def local_folder(base: str, revision: str | None, variant: str | None) -> Path:
         ConfigError: if there is no such folder and it cannot be fetched.
         UnsafeError: for a pickled checkpoint.
     """
-    if base == DEMO:
-        return BASE_DIR
-    folder = Path(base).expanduser()
-    if folder.is_dir():
-        if not (folder / "model_index.json").is_file():
-            raise ConfigError(
-                f"model.base={base} is a folder without model_index.json, so it is no diffusers pipeline folder; "
-                "name the folder that save_pretrained wrote, or the .safetensors file itself."
-            )
-        return folder
-    if folder.suffix in PICKLED:
-        raise UnsafeError(
-            f"model.base={base} is a pickled checkpoint, which can run code when opened, so it is not opened here; "
-            "get the .safetensors of the same model, or convert it on a machine you can afford to lose."
-        )
-    if folder.is_file():
-        raise ConfigError(f"model.base={base} is a {folder.suffix or 'nameless'} file; only .safetensors are read.")
+    check_place(base)
+    if (here := names_folder(base)) is not None:
+        return here
     try:
         fetched = diffusers.DiffusionPipeline.download(base, revision=revision, variant=variant, use_safetensors=True)
     except Exception as error:  # the hub client raises many kinds; each becomes one message with the cause
         raise ConfigError(
-            f"model.base={base} is neither a folder or file here nor a hub id that can be fetched:",
-            [
-                f"{type(error).__name__}: {_first_line(error)}",
-                "check the spelling; for a gated model run `hf auth login` first; without a network, fetch it where "
-                "there is one (`hf download ...`) and name the folder",
-            ],
+            f"model.base={base} is neither a folder or file here nor a hub id that can be fetched:", [_unfetched(error)]
         ) from error
     return Path(str(fetched))
+
+
+def _unfetched(error: BaseException) -> str:
+    """Why the hub gave nothing; diffusers' own words are about its arguments, the cause stands behind them."""
+    root = error
+    while (before := root.__cause__ or root.__context__) is not None:
+        root = before
+    kinds = [kind.__name__ for link in (error, error.__cause__) if link for kind in type(link).__mro__]
+    reason = next((told for name, told in REASONS.items() if name in kinds), UNREACHED)
+    return f"{reason} ({type(root).__name__}: {_first_line(root)})"
 
 
 def load(
     families: Mapping[str, ModelFamily],
     folder: Path,
     base: str,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     variant: str | None,
     choices: Choices,
 ) -> Loaded:
-    """Every network of a pipeline folder in `dtype`, the autoencoder in fp32."""
+    """Every network of a pipeline folder in `dtype` (None: as stored), the autoencoder in fp32."""
     if choices.skeleton is not None:
         raise ConfigError(f"model.skeleton is for single files; {base} is a folder and brings its own; leave it out.")
     family = detect(families, folder, base)
@@ -88,11 +84,13 @@ def load(
         _prediction(shape.scheduler), shape.scheduler.get("rescale_betas_zero_snr"), "scheduler/scheduler_config.json"
     )
     settled(said, shape.scheduler, base, choices)
-    others = replacements(family, choices, configs, dtype)
+    others = replacements(family, choices, configs, dtype or torch.float32)
     given = {name: part.network if part else None for name, part in others.items()}
     given |= {name.replace("text_encoder", "tokenizer"): None for name, part in others.items() if part is None}
     # keep: VAE encoders overflow in fp16 on bright pictures; the autoencoder stays in fp32.
-    dtypes = {"vae": torch.float32, "default": dtype}
+    names = [family.denoiser, "vae", *family.text_encoders]
+    stored = {name: dtype or _stored(_weight_files(folder / name, variant)) for name in names}
+    dtypes = stored | {"vae": torch.float32, "default": torch.float32}
     if "safety_checker" in index(folder):
         given["safety_checker"] = None
     try:
@@ -109,7 +107,6 @@ def load(
                 "null for plain ones"
             ],
         ) from None
-    names = [family.denoiser, "vae", *family.text_encoders]
     networks = {name: getattr(pipeline, name) for name in names if getattr(pipeline, name) is not None}
     lost = [n for n in names if n not in networks and n not in family.optional_text_encoders]
     if lost:
@@ -191,16 +188,26 @@ def _digests(family: ModelFamily, folder: Path, variant: str | None, names: Iter
     """SHA-256 per part over the weight files that were loaded, its configuration and, for text, its tokenizer."""
     found = {}
     for name in names:
-        # keep: a hub folder may hold several variants of one part; only what was loaded counts.
-        every = sorted((folder / name).glob("*.safetensors"))
-        own = [file for file in every if variant and f".{variant}" in file.name]
-        files = own or [file for file in every if file.name.count(".") == 1]
+        files = _weight_files(folder / name, variant)
         files += sorted((folder / name).glob("config.json"))
         if name in family.text_encoders:
             tokenizer = folder / name.replace("text_encoder", "tokenizer")
             files += [file for file in sorted(tokenizer.glob("*")) if file.suffix in {".json", ".txt"}]
         found[name] = hashlib.sha256("".join(sha256_file(file) for file in files).encode()).hexdigest()
     return found
+
+
+def _weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """Those that are loaded: a hub folder may hold several variants of one part."""
+    every = sorted(folder.glob("*.safetensors"))
+    own = [file for file in every if variant and f".{variant}" in file.name]
+    return own or [file for file in every if file.name.count(".") == 1]
+
+
+def _stored(files: Iterable[Path]) -> torch.dtype:
+    """Half precision if every number is in it, so that nothing is rounded; else fp32."""
+    formats = {entry.dtype for file in files for entry in read_header(file).tensors.values()} & FLOATS.keys()
+    return FLOATS[formats.pop()] if len(formats) == 1 else torch.float32
 
 
 def _first_line(error: BaseException) -> str:

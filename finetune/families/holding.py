@@ -1,6 +1,7 @@
-"""How the frozen denoiser's weights are held: as they compute, or in fewer bits that are unpacked layer by layer.
+"""How the frozen denoiser's weights are held: as they compute, in fewer bits that are unpacked layer by layer, or away
+from the accelerator, visiting it layer by layer.
 
-Adapters work on all of them: PEFT knows bitsandbytes' layers, and layers in fp8 are linear and convolution layers.
+Adapters work on all of them: PEFT knows bitsandbytes' layers, and all others are linear and convolution layers.
 The trained adapter itself always stays in fp32.
 """
 
@@ -12,10 +13,10 @@ import torch
 from torch import nn
 
 from finetune.errors import ConfigError, nearest
-from finetune.families.fp8 import TWINS, held_in_fp8
+from finetune.families.frozen import can_be_held, held_in_fp8, held_on_host
 
 KEPT = ("norm", "embed", "proj_in", "proj_out", "time_emb_proj", "pos_embed", "conv_in", "conv_out")
-"""Parts of names whose layers are small or delicate and stay as they are."""
+"""Parts of names whose layers are small or delicate and are never rounded."""
 BLOCK = 64
 """Numbers that nf4 scales together; layers whose rows are no multiple of it stay as they are. Real ones all are."""
 
@@ -40,8 +41,15 @@ def _full(denoiser: nn.Module, dtype: torch.dtype) -> None:
 def _fp8(denoiser: nn.Module, dtype: torch.dtype) -> None:
     """One byte per weight, unpacked for each layer's moment of use. Runs everywhere; rounds weights to 3 bits."""
     for path, layer in denoiser.named_modules():
-        if type(layer) in TWINS and not any(part in path for part in KEPT):
+        if can_be_held(layer) and not any(part in path for part in KEPT):
             held_in_fp8(layer, dtype)
+
+
+def _host(denoiser: nn.Module, dtype: torch.dtype) -> None:
+    """All their bits, in main memory; every pass fetches each layer's weight for its moment of use."""
+    for layer in denoiser.modules():
+        if can_be_held(layer):
+            held_on_host(layer, dtype)
 
 
 def _int8(denoiser: nn.Module, dtype: torch.dtype) -> None:
@@ -51,16 +59,11 @@ def _int8(denoiser: nn.Module, dtype: torch.dtype) -> None:
 
 def _nf4(denoiser: nn.Module, dtype: torch.dtype) -> None:
     """Half a byte per weight of linear layers. Source: Dettmers et al. 2023, QLoRA, arXiv:2305.14314."""
-    if not torch.accelerator.is_available():
-        raise ConfigError(
-            "model.storage=nf4 needs a GPU: on a CPU bitsandbytes packs 4-bit weights for inference only, and training "
-            "on them fails; use fp8 or int8."
-        )
     _replace(denoiser, lambda layer: _four_bit(layer, dtype))
 
 
 STORAGE: dict[str, Callable[[nn.Module, torch.dtype], None]] = {
-    "full": _full, "fp8": _fp8, "int8": _int8, "nf4": _nf4,
+    "full": _full, "fp8": _fp8, "int8": _int8, "nf4": _nf4, "host": _host,
 }  # fmt: skip
 """name -> what makes a denoiser hold its weights that way, in place."""
 
@@ -93,6 +96,9 @@ def _four_bit(layer: nn.Linear, dtype: torch.dtype) -> nn.Module:
     made = bitsandbytes.nn.Linear4bit(
         layer.in_features, layer.out_features, bias=layer.bias is not None, compute_dtype=dtype, quant_type="nf4"
     )
+    # keep: on CPUs with bf16 instructions it would pack its weight anew for inference at the first validation, in a
+    # layout without a backward pass.
+    made.support_avx512bf16_for_cpu = False
     weight = bitsandbytes.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", module=made)
     # keep: packing happens in the move to a device, even to the one where the weight already is.
     made.weight = weight.to(layer.weight.device)

@@ -25,12 +25,12 @@ FILE = ".safetensors"
 def load(
     families: Mapping[str, ModelFamily],
     base: str,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     revision: str | None,
     variant: str | None,
     choices: Choices,
 ) -> tuple[ModelFamily, Components]:
-    """Load a base model in `dtype` (its autoencoder in fp32) and say which family it is.
+    """Load a base model in `dtype` (None: as stored; its autoencoder in fp32) and say which family it is.
 
     Raises:
         ConfigError: if there is no such base, it has no safetensors, no family here knows it, or a choice contradicts
@@ -49,7 +49,7 @@ def load(
     networks = dict(loaded.networks)
     digests = {"denoiser" if name == family.denoiser else name: value for name, value in loaded.digests.items()}
     components = Components(
-        denoiser=hold(networks.pop(family.denoiser), choices.storage, dtype),
+        denoiser=hold(networks.pop(family.denoiser), choices.storage, dtype or torch.float32),
         vae=networks.pop("vae"),
         text_encoders={name: networks[name] for name in family.text_encoders if name in networks},
         tokenizers={name: loaded.tokenizers[name] for name in family.text_encoders if name in networks},

@@ -9,12 +9,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from data_tools.errors import counted
+from finetune.demo import BASE_DIR
 from finetune.errors import ConfigError
 from finetune.families import skeleton
 from finetune.families.base import ModelFamily
 from finetune.families.choices import Choices
 from finetune.families.detect import Detection, detect
 from finetune.families.parts import Loaded, Replacement, replaced_configs, replaced_digests, replacements
+from finetune.families.places import DEMO
 from finetune.families.said import Said, settled
 from finetune.families.single_file import SHOWN, Filler, part_digest
 from finetune.families.skeleton import Skeleton
@@ -22,7 +25,7 @@ from finetune.header import Header, read_header
 from finetune.storage import sha256_file
 
 
-def load(families: Mapping[str, ModelFamily], path: Path, dtype: torch.dtype, choices: Choices) -> Loaded:
+def load(families: Mapping[str, ModelFamily], path: Path, dtype: torch.dtype | None, choices: Choices) -> Loaded:
     """Every network of a single file in `dtype`, the autoencoder in fp32; what the file lacks comes from `choices`.
 
     Raises:
@@ -34,10 +37,11 @@ def load(families: Mapping[str, ModelFamily], path: Path, dtype: torch.dtype, ch
     header = read_header(path)
     found = detect(header)
     family = families[found.family]
-    shape = skeleton.of_folder(choices.skeleton) if choices.skeleton else shipped(family, found, choices)
+    folder = choices.skeleton or of_embedded(header)
+    shape = skeleton.of_folder(folder) if folder else shipped(family, found, choices)
     said = Said(found.prediction, found.zero_terminal_snr, "; ".join(found.reasons), _must_say(family, header, found))
     scheduler = settled(said, shape.scheduler, path.name, choices)
-    others = replacements(family, choices, shape.networks, dtype)
+    others = replacements(family, choices, shape.networks, dtype or torch.float32)
     filler = Filler(header)
     networks, notes = _networks(family, header, filler, shape, others, dtype)
     lost = [n for n in (family.denoiser, "vae", *family.text_encoders) if n not in networks]
@@ -47,28 +51,38 @@ def load(families: Mapping[str, ModelFamily], path: Path, dtype: torch.dtype, ch
     unread = [] if filler.problems else filler.leftovers()
     if unread:
         filler.problems.append(
-            f"{len(unread)} tensors belong to nothing that is loaded, e.g. {', '.join(unread[:SHOWN])}"
+            f"{counted(len(unread), 'tensor belongs', 'tensors belong')} to nothing that is loaded, e.g. "
+            f"{', '.join(unread[:SHOWN])}"
         )
     if filler.problems:
         raise ConfigError(
             f"{path.name} was taken for {found.family} ({'; '.join(found.reasons)}), but does not fit it. If it is a "
-            "pruned or widened variant, set model.skeleton to a diffusers folder with its configurations:",
+            "pruned or widened variant, set model.skeleton to a diffusers folder with its configurations (in a "
+            "recipe; to draw, name a whole diffusers folder as the base):",
             filler.problems[: 2 * SHOWN],
         )
+    tokenizers = {
+        name: skeleton.tokenizer(shape.tokenizers[name], name) for name in family.text_encoders if name in networks
+    }
+    # keep: all that can be wrong is known by now, and reading takes minutes.
+    filler.fill()
     own = sha256_file(path)
     configs = {name: shape.networks[name] for name in networks} | replaced_configs(others)
     return Loaded(
         family=family,
         networks=networks,
         configs=configs,
-        tokenizers={
-            name: skeleton.tokenizer(shape.tokenizers[name], name) for name in family.text_encoders if name in networks
-        },
+        tokenizers=tokenizers,
         scheduler=scheduler,
         pipeline=shape.pipeline,
         digests={name: part_digest(own, name, configs[name]) for name in networks} | replaced_digests(others),
         notes=tuple(notes),
     )
+
+
+def of_embedded(header: Header) -> Path | None:
+    """The folder with the embedded base's configurations, if a file says that it was made from that one."""
+    return BASE_DIR if header.metadata.get("finetune.base") == DEMO else None
 
 
 def shipped(family: ModelFamily, found: Detection, choices: Choices) -> Skeleton:
@@ -89,9 +103,9 @@ def _networks(
     filler: Filler,
     shape: Skeleton,
     others: Mapping[str, Replacement | None],
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
 ) -> tuple[dict[str, nn.Module], list[str]]:
-    """Every network the file or the user has, and what to tell about those nobody has."""
+    """Every network the file (still empty) or the user has, and what to tell about those nobody has."""
     networks: dict[str, nn.Module] = {}
     notes = []
     for name in (family.denoiser, "vae", *family.text_encoders):
@@ -103,7 +117,7 @@ def _networks(
             continue
         # keep: VAE encoders overflow in fp16 on bright pictures; the autoencoder stays in fp32.
         own = torch.float32 if name == "vae" else dtype
-        found = filler.fill(name, shape.networks[name], layout, own, alone=name == family.denoiser)
+        found = filler.fit(name, shape.networks[name], layout, own, alone=name == family.denoiser)
         if found is not None:
             networks[name] = found
         elif name in family.optional_text_encoders:

@@ -10,11 +10,12 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
 
+from data_tools.errors import counted
 from finetune.errors import ConfigError
 from finetune.families import skeleton
 from finetune.families.original_keys import IDENTITY, INWARDS, Layout, Place, config_of
@@ -27,6 +28,11 @@ TORCH_DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
 }  # fmt: skip
 """Number formats of weights in a file."""
+AS_STORED = {
+    torch.float16: torch.float16, torch.bfloat16: torch.bfloat16, torch.float8_e4m3fn: torch.float16,
+    torch.float8_e5m2: torch.float16,
+}  # fmt: skip
+"""Number format of a file -> the narrowest one that holds its numbers exactly and computes; fp32 for all others."""
 OF_NO_USE = re.compile(
     r"model_ema\.|.*position_ids$|.*logit_scale$|v_pred$|ztsnr$|loss\.|denoiser\.|first_stage_model\.loss\."
     r"|(betas|alphas|sqrt_|log_|posterior_|logvar|lvlb|scale_factor|embedding_manager).*|.*\.text_projection(\.weight)?$"
@@ -40,20 +46,23 @@ DIFFUSERS_OWN = Layout(plain, ("",))
 
 
 class Filler:
-    """Fills empty networks from one file and keeps account of every tensor in it."""
+    """Fits empty networks to one file, keeps account of every tensor in it, and reads them when all is right."""
 
     def __init__(self, header: Header) -> None:
         self._header = header
         self._used: set[str] = set()
+        self._places: list[tuple[nn.Module, Entry, list[Member], torch.dtype | None]] = []
+        self._tied: list[Any] = []
         self.problems: list[str] = []
         """What does not fit, in words."""
 
-    def fill(
-        self, component: str, config: dict[str, Any], layout: Layout, dtype: torch.dtype, *, alone: bool
+    def fit(
+        self, component: str, config: dict[str, Any], layout: Layout, dtype: torch.dtype | None, *, alone: bool
     ) -> nn.Module | None:
-        """A network with the file's weights, in `dtype`; None if the file does not hold it.
+        """A network for the file's weights, in `dtype` (None: see AS_STORED), empty until `fill`; None if the file does
+        not hold it.
 
-        What is missing or does not fit goes to `problems`.
+        What is missing or does not fit goes to `problems`; nothing but the header is looked at.
 
         Args:
             alone: whether the file may hold nothing but this network, so that its names begin with nothing.
@@ -67,35 +76,45 @@ class Filler:
             return None
         tied = set(getattr(module, "_tied_weights_keys", None) or ())
         missing: list[str] = []
-        with self._header.path.open("rb") as file:
-            for name, members in stacks.items():
-                entry = self._header.tensors.get(prefix + name)
-                if members[0][0].form == IDENTITY:
-                    _, own, shape = members[0]
-                    _place(module, own, torch.eye(*shape), dtype)
-                elif entry is not None:
-                    self._used.add(prefix + name)
-                    self._fill_stack(module, file, prefix + name, entry, members, dtype)
-                elif not {own for _, own, _ in members} <= tied:
-                    missing.append(prefix + name)
+        for name, members in stacks.items():
+            entry = self._header.tensors.get(prefix + name)
+            if members[0][0].form == IDENTITY:
+                _, own, shape = members[0]
+                _place(module, own, torch.eye(*shape), dtype)
+            elif entry is not None:
+                self._used.add(prefix + name)
+                wanted = _file_shape(members)
+                if entry.shape in wanted and entry.dtype in TORCH_DTYPES:
+                    self._places.append((module, entry, members, dtype))
+                else:
+                    needed = f"this model needs {list(wanted[0])}"
+                    self.problems.append(f"{prefix + name} is {entry.dtype} {list(entry.shape)}, {needed}")
+            elif not {own for _, own, _ in members} <= tied:
+                missing.append(prefix + name)
         if missing:
             self.problems.append(
-                f"{component}: {len(missing)} tensors are missing, e.g. {', '.join(missing[:SHOWN])}"
+                f"{component}: {counted(len(missing), 'tensor is', 'tensors are')} missing, e.g. "
+                f"{', '.join(missing[:SHOWN])}"
             )
         if tied:
-            cast(Any, module).tie_weights()
+            self._tied.append(module)
         self._used |= {n for n in self._header.tensors if n.startswith(prefix) and surplus(n[len(prefix) :], settings)}
         return module
 
+    def fill(self) -> None:
+        """Read every tensor that has a place into the networks; only where there are no problems."""
+        assert not self.problems, "the caller refuses what does not fit before a weight is read"
+        with self._header.path.open("rb") as file:
+            for place in self._places:
+                self._fill_stack(file, *place)
+        for module in self._tied:
+            module.tie_weights()
+
     def _fill_stack(
-        self, module: nn.Module, file: BinaryIO, name: str, entry: Entry, members: list[Member], dtype: torch.dtype
+        self, file: BinaryIO, module: nn.Module, entry: Entry, members: list[Member], dtype: torch.dtype | None
     ) -> None:
         """Put one tensor of the file where it belongs: one of ours, or several that stand on top of each other."""
         rows = [shape[0] if shape else 1 for _, _, shape in members]
-        wanted = _file_shape(members)
-        if entry.shape not in wanted or entry.dtype not in TORCH_DTYPES:
-            self.problems.append(f"{name} is {entry.dtype} {list(entry.shape)}, this model needs {list(wanted[0])}")
-            return
         bytes_per_row = entry.size // max(sum(rows), 1)
         start = self._header.offset + entry.start
         for (place, own, shape), count in zip(members, rows, strict=True):
@@ -157,13 +176,14 @@ def _read(file: BinaryIO, start: int, size: int, dtype: torch.dtype, shape: tupl
     return buffer.view(dtype).reshape(shape)
 
 
-def _place(module: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+def _place(module: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype | None) -> None:
     path, _, leaf = name.rpartition(".")
     holder = module.get_submodule(path)
     # keep: transformers keeps a few layers of T5 in fp32 when the rest is fp16, which would overflow.
     kept: list[str] = getattr(module, "_keep_in_fp32_modules", None) or []
-    wide = dtype == torch.float16 and any(part in name.split(".") for part in kept)
-    cast = tensor.to(torch.float32 if wide else dtype) if tensor.is_floating_point() else tensor
+    wide = dtype in {torch.float16, None} and any(part in name.split(".") for part in kept)
+    own = torch.float32 if wide else dtype or AS_STORED.get(tensor.dtype, torch.float32)
+    cast = tensor.to(own) if tensor.is_floating_point() else tensor
     if leaf in holder._parameters:
         holder._parameters[leaf] = nn.Parameter(cast.contiguous(), requires_grad=False)
     else:
@@ -181,8 +201,9 @@ def part_from_file(
     tried = []
     for layout in layouts:
         filler = Filler(header)
-        module = filler.fill(component, config, layout, dtype, alone=True)
+        module = filler.fit(component, config, layout, dtype, alone=True)
         if module is not None and not filler.problems:
+            filler.fill()
             return module
         tried += [filler] if module is not None else []
     if tried:

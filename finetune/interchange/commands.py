@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import ConfigError
+from finetune.errors import check_choice
 from finetune.interchange.adapter import Adapter
-from finetune.interchange.conversion import Conversion, check_choice, check_spelling, write
+from finetune.interchange.asked import LARGEST_RANK, check_merge, check_rank, check_target
+from finetune.interchange.conversion import DTYPES, Conversion, check_spelling, write
 from finetune.interchange.into_base import IntoBase, merge_into
 from finetune.interchange.lowrank import RankRule, energy, fixed, frobenius, ratio
 from finetune.interchange.merging import MERGES, Merged, Settings, Weighted, merge
@@ -18,7 +19,6 @@ from finetune.interchange.resizing import Extraction, Resized, extract, resize
 from finetune.tracking import Reporter
 from finetune.weighted import parse_weighted
 
-LARGEST_RANK = 4096
 RULES = {"energy": energy, "frobenius": frobenius, "ratio": ratio}
 """Name -> rule that finds a rank per layer."""
 
@@ -44,15 +44,16 @@ def merge_adapters(
     """
     how, chosen = _settings(settings)
     named = [parse_weighted(text) for text in adapters]
-    _check_output(output, [path for path, _ in named])
+    check_target(output, to, [path for path, _ in named])
     weighted = [Weighted(path, weight, _read(path, base, to)) for path, weight in named]
     merged = merge(weighted, how, chosen, reporter or Reporter())
+    merged.adapter.left_out = list(dict.fromkeys(word for one in weighted for word in one.adapter.left_out))
     return merged, write(merged.adapter, output, to=to, dtype=dtype, base=base)
 
 
 def _read(path: Path, base: Path | None, to: str) -> Adapter:
     """An adapter that can be written in a layout afterwards; told before anything is computed."""
-    adapter = read_adapter(path, base)
+    adapter = read_adapter(path, base, whole=False)
     check_spelling(adapter, to)
     return adapter
 
@@ -63,6 +64,7 @@ def merge_into_base(
     output: Path,
     *,
     settings: Mapping[str, Any],
+    dtype: str = "",
     force: bool = False,
     base: Path | None = None,
     reporter: Reporter | None = None,
@@ -70,21 +72,27 @@ def merge_into_base(
     """A base model with adapters in it; see `into_base.merge_into`.
 
     Args:
+        dtype: "fp32", "fp16" or "bf16" for every weight of the result; empty keeps the base's own formats.
         base: pipeline folder that names the layers, for a single file of no published size.
     """
     how, chosen = _settings(settings)
+    if dtype:
+        check_choice(dtype, DTYPES, "number format (--dtype)")
     table = into if into.is_dir() else base
     weighted = [Weighted(path, weight, read_adapter(path, table)) for path, weight in map(parse_weighted, adapters)]
     names = None if into.is_dir() else table_of(base)
-    return merge_into(weighted, into, output, how, chosen, reporter or Reporter(), force=force, names=names)
+    written = DTYPES[dtype] if dtype else None
+    return merge_into(
+        weighted, into, output, how, chosen, reporter or Reporter(), force=force, names=names, dtype=written
+    )
 
 
 def resize_adapter(
     source: Path,
     target: Path,
     *,
-    rank: int = 0,
-    shares: Mapping[str, float] | None = None,
+    rank: int | None = None,
+    shares: Mapping[str, float | None] | None = None,
     to: str = "kohya",
     dtype: str = "",
     base: Path | None = None,
@@ -94,10 +102,10 @@ def resize_adapter(
 
     Args:
         rank: for every layer; with one of `shares`, the largest.
-        shares: name in RULES -> its number; at most one that is not zero.
+        shares: name in RULES -> its number, or None; at most one number.
     """
     rule, largest = rank_rule(rank, shares or {})
-    _check_output(target, [source])
+    check_target(target, to, [source])
     resized = resize(_read(source, base, to), rule, largest, reporter or Reporter())
     return resized, write(resized.adapter, target, to=to, dtype=dtype, base=base)
 
@@ -108,7 +116,7 @@ def extract_adapter(  # noqa: PLR0913 - what the user chooses, one keyword each
     target: Path,
     *,
     rank: int = 64,
-    shares: Mapping[str, float] | None = None,
+    shares: Mapping[str, float | None] | None = None,
     components: tuple[str, ...] = (),
     convolutions: bool = True,
     to: str = "kohya",
@@ -128,29 +136,15 @@ def extract_adapter(  # noqa: PLR0913 - what the user chooses, one keyword each
     return extracted, write(extracted.adapter, target, to=to, dtype=dtype or "fp16", base=table)
 
 
-def rank_rule(rank: int, shares: Mapping[str, float]) -> tuple[RankRule, int]:
+def rank_rule(rank: int | None, shares: Mapping[str, float | None]) -> tuple[RankRule, int]:
     """(rule, largest rank) for what a user asked.
 
     Raises:
-        ConfigError: if nothing or too much is asked for, or a number makes no sense.
+        ConfigError: see `check_rank`.
     """
-    given = {name: value for name, value in shares.items() if value}
-    problems = []
-    if len(given) > 1 or (not given and not rank):
-        asked = ", ".join(f"--{name}" for name in given) or "nothing"
-        problems.append(f"give --rank, or one of {', '.join(f'--{name}' for name in RULES)}; {asked} was given.")
-    if not 0 <= rank <= LARGEST_RANK:
-        problems.append(f"--rank {rank} is not between 1 and {LARGEST_RANK}.")
-    for name, value in given.items():
-        sensible = value > 1 if name == "ratio" else 0 < value < 1
-        if not sensible:
-            problems.append(
-                f"--{name} {value:g} is no {'ratio above 1' if name == 'ratio' else 'share between 0 and 1'}."
-            )
-    if problems:
-        raise ConfigError("The rank cannot be chosen like this:", problems)
-    rule = next((RULES[name](value) for name, value in given.items()), fixed(rank))
-    return rule, rank or LARGEST_RANK
+    check_rank(rank, {name: shares.get(name) for name in RULES})
+    rules = [RULES[name](value) for name, value in shares.items() if value is not None]
+    return (rules[0] if rules else fixed(rank or LARGEST_RANK)), rank or LARGEST_RANK
 
 
 def _settings(settings: Mapping[str, Any]) -> tuple[str, Settings]:
@@ -158,16 +152,5 @@ def _settings(settings: Mapping[str, Any]) -> tuple[str, Settings]:
     how = fields.pop("how", "concat")
     check_choice(how, MERGES, "way of merging (--how)")
     chosen = Settings(**fields)
-    problems = []
-    if not 0 < chosen.density <= 1:
-        problems.append(f"--density {chosen.density:g} is no share: it must be above 0 and at most 1.")
-    if not 0 <= chosen.rank <= LARGEST_RANK:
-        problems.append(f"--rank {chosen.rank} is not between 0 and {LARGEST_RANK}.")
-    if problems:
-        raise ConfigError("The adapters cannot be merged like this:", problems)
+    check_merge(chosen.rank, chosen.density)
     return how, chosen
-
-
-def _check_output(target: Path, sources: Sequence[Path]) -> None:
-    if any(target.exists() and source.exists() and target.samefile(source) for source in sources):
-        raise ConfigError(f"{target} is one of the sources.", ["name another file for the result."])

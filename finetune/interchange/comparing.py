@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from finetune.errors import ConfigError
@@ -35,11 +35,12 @@ class Likeness:
 
 @dataclass(frozen=True)
 class Difference:
-    """Two adapters as a whole, and block by block."""
+    """Two adapters as a whole, and block by block; the notes say what is not in the figures."""
 
     cosine: float
     ratio: float
     blocks: list[Likeness]
+    notes: list[str] = field(default_factory=list)
 
 
 def diff_adapters(first: Path, second: Path, base: Path | None = None) -> Difference:
@@ -49,7 +50,7 @@ def diff_adapters(first: Path, second: Path, base: Path | None = None) -> Differ
         ConfigError: if they are for several kinds of base.
         InterchangeError: for updates whose change depends on the base's weights.
     """
-    one, two = read_adapter(first, base), read_adapter(second, base)
+    one, two = read_adapter(first, base, whole=False), read_adapter(second, base, whole=False)
     if one.architecture.name != two.architecture.name:
         raise ConfigError(
             "Adapters for several kinds of base cannot be compared.",
@@ -72,7 +73,8 @@ def diff_adapters(first: Path, second: Path, base: Path | None = None) -> Differ
     ]
     rows.sort(key=lambda row: (row.component, block_order(row.block)))
     total = [sum(row[number] for row in sums.values()) for number in range(3)]
-    return Difference(*_figures(*total), rows)
+    words = ["learned words are not compared"] if one.tokens or two.tokens else []
+    return Difference(*_figures(*total), rows, [*words, *one.left_out, *two.left_out])
 
 
 def _products(left: Update | None, right: Update | None) -> tuple[float, float, float]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from data_tools.errors import counted
 from finetune import storage
-from finetune.errors import ConfigError, nearest
+from finetune.errors import ConfigError, check_choice
 from finetune.interchange.adapter import Adapter, InterchangeError, Place, Update
+from finetune.interchange.asked import check_target
 from finetune.interchange.losses import LOSSES, Loss, Meter, everything, need_base, noted, reading_losses
 from finetune.interchange.lowrank import distance, of_dense
 from finetune.interchange.names import Architecture, table_of
@@ -58,7 +59,7 @@ class Conversion:
         exact = "exact" if self.worst == 0 else f"within {self.worst:.1e} per layer ({self.worst_layer})"
         return [
             ("Written", f"{self.path} ({self.layout} layout)"),
-            ("Read back", f"{self.layers} layers, {exact}"),
+            ("Read back", f"{counted(self.layers, 'layer')}, {exact}"),
             *(loss.row() for loss in self.losses),
             *(("Note", note) for note in self.notes),
         ]
@@ -94,9 +95,8 @@ def convert_adapter(
         StorageError: if the disk refuses.
     """
     check_choice(to, WRITERS, "layout (--to)")
-    if target.exists() and source.exists() and target.samefile(source):
-        raise ConfigError(f"{target} is the source.", ["name another file for the result."])
-    adapter = read_adapter(source, base)
+    check_target(target, to, [source])
+    adapter = read_adapter(source, base, whole=False)
     return write(adapter, target, to=to, dtype=dtype, base=base, allow_lossy=allow_lossy, rank=rank, reporter=reporter)
 
 
@@ -115,6 +115,7 @@ def write(
     check_choice(to, WRITERS, "layout (--to)")
     if dtype:
         check_choice(dtype, DTYPES, "number format (--dtype)")
+    check_target(target, to, ())
     check_spelling(adapter, to)
     number_format = DTYPES[dtype] if dtype else adapter.dtype
     number_format = torch.float32 if to == "ours" or number_format == torch.float64 else number_format
@@ -124,6 +125,7 @@ def write(
     notes = (
         [f"it fits {several} equally well; {adapter.candidates[0]} is assumed, --base would tell."] if several else []
     )
+    notes += [f"left out: {word}" for word in adapter.left_out]
     try:
         written = WRITERS[to](adapter, number_format, False)
     except InterchangeError:
@@ -194,9 +196,10 @@ def approximated(
                 meter.compare(place, wanted, found)
             advance(number + 1, "")
     loss = meter.loss(f"as a LoRA of rank {rank}")
-    notes = [f"{loss.layers} layers are written as a LoRA of rank {rank} in place of another method."]
-    notes += [f"changes of {biases} biases are left out."] * bool(biases)
-    notes += [f"changes of {left_out} norms are left out."] * bool(left_out)
+    layers = counted(loss.layers, "layer is", "layers are")
+    notes = [f"{layers} written as a LoRA of rank {rank} in place of another method."]
+    notes += [f"changes of {counted(biases, 'bias', 'biases')} are left out."] * bool(biases)
+    notes += [f"changes of {counted(left_out, 'norm')} are left out."] * bool(left_out)
     return adapter.with_updates(result), [loss], notes
 
 
@@ -237,9 +240,6 @@ def _refuse_other_folder(folder: Path) -> None:
 def _publish(job: _Job) -> tuple[float, str, int]:
     """Write beside, read back, compare, rename; (largest relative difference, where, number of layers)."""
     target = job.target
-    suffix = "" if job.to == "peft" else ".safetensors"
-    if suffix and target.suffix != suffix:
-        raise ConfigError(f"{target} cannot hold this layout.", [f"name a file that ends in {suffix}."])
     for folder in (target, target.parent / words_folder(target)):
         _refuse_other_folder(folder)
     staging = target.parent / f".convert-{os.getpid()}"
@@ -282,9 +282,3 @@ def compare(adapter: Adapter, other: Adapter) -> tuple[float, str, float]:
         if set(ours) != set(theirs) or any(not torch.equal(ours[c], theirs[c]) for c in ours):
             return math.inf, f"the word {word}", math.inf
     return worst, worst_layer, math.sqrt(lost / whole) if whole else 0.0
-
-
-def check_choice(value: str, known: Iterable[str] | dict[str, Callable[..., object]], what: str) -> None:
-    """Raise a ConfigError unless `value` is one of the known ones."""
-    if value not in known:
-        raise ConfigError(f"The {what} {value!r} is not known{nearest(value, known)}; choose from {', '.join(known)}.")

@@ -12,14 +12,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from finetune.header import Header, Tensors, clean, hash_bytes, open_tensors
-from finetune.interchange.layouts import LOSSES, OURS, Layer, blocks
-from finetune.interchange.names import Architecture, from_base
+from data_tools.errors import counted
+from finetune.header import Header, clean, hash_bytes, open_tensors
+from finetune.interchange.layouts import LOSSES, OURS, Layer, blocks, said
+from finetune.interchange.names import Architecture, from_base, published
+from finetune.interchange.norms import change_norm
 from finetune.interchange.readers import READERS, Verdict, judge
-from finetune.interchange.sources import Source, of_no_published_size, open_sources
+from finetune.interchange.sources import Source, of_no_published_size, open_sources, told_beside
 
 HASHED_BELOW = 1 << 30
 """Bytes; larger files are hashed only on request, which takes seconds per gigabyte."""
@@ -27,7 +26,6 @@ FAMILY_WORDS = {"attention": r"attn|self_attn|Attention", "feed-forward": r"\bff
 LEGACY_SPAN = (0x100000, 0x10000)
 SHOWN_TAGS = 20
 BLOCK_ORDER = ["down_blocks", "mid_block", "up_blocks", "transformer_blocks", "single_transformer_blocks"]
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -137,8 +135,9 @@ def inspect_file(path: Path, base: Path | None = None, *, hashes: bool = False, 
     fitting = [source.fits(layer) for source in sources for layer in source.resolved.layers]
     foreign = of_no_published_size(sources)
     if architecture and foreign:
-        nearest = f"its names are nearest to {architecture.title}'s"
-        facts.base = f"a base of no published size; {nearest} (--base FOLDER tells)"
+        named = next((table.title for table in published() if said(metadata, table)), "")
+        told = f"of the kind of {named}, it says" if named else f"its names are nearest to {architecture.title}'s"
+        facts.base = f"a base of no published size; {told} (--base FOLDER tells)"
     elif architecture:
         facts.family, facts.base = architecture.family, architecture.title
         several = [family for family in sources[0].resolved.candidates if family != architecture.family]
@@ -152,6 +151,7 @@ def inspect_file(path: Path, base: Path | None = None, *, hashes: bool = False, 
         facts.coverage = _coverage(architecture, [layer for source in sources for layer in source.resolved.layers])
         facts.loads_in = {reader: judge(reader, architecture, sources) for reader in READERS}
     _notes(facts, sources, fitting)
+    facts.notes += [clean(note, 600) for note in told_beside(path, headers[0].metadata)]
     for header in headers:
         facts.hashes |= _hashes(header, hashes, "" if len(headers) == 1 else f"{header.path.parent.name}/")
     return facts
@@ -187,39 +187,6 @@ def rank_of(layer: Layer, header: Header) -> int | None:
         if part in layer.parts and header.tensors[layer.parts[part]].shape:
             return header.tensors[layer.parts[part]].shape[0]
     return None
-
-
-def change_norm(layer: Layer, tensors: Tensors, scale: float) -> tuple[float, int] | None:
-    """(Frobenius norm of the change, number of weights changed); None where it depends on the base.
-
-    For DoRA it is that of s B A, the part that turns directions.
-    """
-    part = {name: np.asarray(tensors.array(key), dtype=np.float64) for name, key in layer.parts.items()}
-    if {"lora_A.weight", "lora_B.weight"} <= set(part) and "lora_mid.weight" not in part:
-        down, up = (_matrix(part[name]) for name in ("lora_A.weight", "lora_B.weight"))
-        if down.shape[0] != up.shape[1]:
-            return None
-        # |B A|^2 = trace(B'B A A'), which needs only rank by rank matrices.
-        squared = float(np.sum((up.T @ up) * (down @ down.T)))
-        return abs(scale) * math.sqrt(max(0.0, squared)), up.shape[0] * down.shape[1]
-    if layer.method == "loha" and "hada_t1" not in part:
-        change = (part["hada_w1_a"] @ part["hada_w1_b"]) * (part["hada_w2_a"] @ part["hada_w2_b"])
-        return abs(scale) * float(np.linalg.norm(change)), change.size
-    if layer.method == "lokr" and "lokr_t2" not in part:
-        left, right = (_kron_factor(part, name) for name in ("lokr_w1", "lokr_w2"))
-        # |C kron D| = |C| |D|.
-        return abs(scale) * float(np.linalg.norm(left) * np.linalg.norm(right)), left.size * right.size
-    if layer.method == "diff" and "diff" in part:
-        return float(np.linalg.norm(part["diff"])), part["diff"].size
-    return None
-
-
-def _matrix(array: Floats) -> Floats:
-    return array.reshape(array.shape[0], -1)
-
-
-def _kron_factor(part: Mapping[str, Floats], name: str) -> Floats:
-    return part[name] if name in part else part[f"{name}_a"] @ part[f"{name}_b"]
 
 
 def _coverage(architecture: Architecture, layers: Iterable[Layer]) -> list[Coverage]:
@@ -268,12 +235,12 @@ def _notes(facts: Facts, sources: list[Source], fitting: list[bool]) -> None:
         layer.meaning.variant for source in sources for layer in source.resolved.layers if layer.meaning.variant
     )
     if facts.family:
-        facts.notes += [f"{variant} ({count} layers)." for variant, count in variants.items()]
+        facts.notes += [f"{variant} ({counted(count, 'layer')})." for variant, count in variants.items()]
     dialects = sum((source.resolved.dialects() for source in sources), Counter())
     if len(dialects) > 1 and facts.kind == "adapter" and facts.family:
         facts.notes.append("names are spelled in several ways: " + ", ".join(f"{k} ({v})" for k, v in dialects.items()))
     if facts.unknown and facts.kind == "adapter":
-        facts.notes.append(f"{len(facts.unknown)} tensors have names that mean nothing here.")
+        facts.notes.append(f"{counted(len(facts.unknown), 'tensor')} of a name that means nothing here.")
     if facts.candidates:
         facts.notes.append(f"it fits {' and '.join(facts.candidates)} equally well; --base would tell.")
     if facts.kind == "adapter" and facts.family and not all(fitting):

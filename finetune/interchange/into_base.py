@@ -8,6 +8,7 @@ measured:
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data_tools.errors import counted
 from finetune import storage
 from finetune.errors import ConfigError
 from finetune.header import Header, Tensors
@@ -29,6 +31,8 @@ from finetune.interchange.weights import Weights, open_weights, read_tensor
 from finetune.tracking import Reporter
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+COUNTS = {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+"""Numbers that are no weights, such as the positions in SD1's checkpoints; copied as they are."""
 LARGEST_LOSS = 0.01
 """Share of the change that rounding may take before a merge is refused; `export` has the same limit."""
 
@@ -52,7 +56,7 @@ class IntoBase:
         """For a table."""
         return [
             ("Written", str(self.path)),
-            ("Changed", f"{self.layers} weights"),
+            ("Changed", counted(self.layers, "weight")),
             ("Taken by rounding", f"{self.lost:.2%} of the change"),
             *(("Note", note) for note in self.notes),
         ]
@@ -66,6 +70,7 @@ class _Job:
     adapters: Sequence[Weighted]
     how: str
     settings: Settings
+    dtype: torch.dtype | None = None
     lost: float = 0.0
     whole: float = 0.0
     used: set[Place] = field(default_factory=set)
@@ -97,7 +102,7 @@ def _dense(change: Tensor) -> Update:
     return Update("diff", {"diff": change})
 
 
-def merge_into(
+def merge_into(  # noqa: PLR0913 - what the user chooses
     adapters: Sequence[Weighted],
     base: Path,
     target: Path,
@@ -107,8 +112,9 @@ def merge_into(
     *,
     force: bool,
     names: Architecture | None = None,
+    dtype: torch.dtype | None = None,
 ) -> IntoBase:
-    """Write a copy of the base with the adapters in it, in the base's own layout and number format.
+    """Write a copy of the base with the adapters in it, in the base's own layout.
 
     Args:
         base: a pipeline folder or a single-file checkpoint.
@@ -116,6 +122,7 @@ def merge_into(
         how: name in DENSE.
         force: keep the result although rounding took more than LARGEST_LOSS of the change.
         names: of the layers of a single file of no published size.
+        dtype: number format of every weight; None keeps the base's own.
 
     Raises:
         ConfigError: if base and target are not of one kind, or the adapters are for another base.
@@ -126,7 +133,7 @@ def merge_into(
     staging = target.parent / f".merge-{os.getpid()}"
     result = IntoBase(target)
     with open_weights(base, names) as weights, storage.disk_errors(target):
-        job = _Job(weights, adapters, how, settings)
+        job = _Job(weights, adapters, how, settings, dtype)
         _check_fit(job)
         try:
             total = sum(len(tensors.header.tensors) for files in weights.files.values() for tensors in files)
@@ -138,7 +145,7 @@ def merge_into(
                 raise InterchangeError(
                     f"Rounding would take {result.lost:.1%} of what the adapters change (limit {LARGEST_LOSS:.0%}): "
                     "the base's number format is too coarse for so small a change.",
-                    ["merge into an fp32 copy of the base, use the adapter unmerged, or --force it."],
+                    ["write the model as --dtype fp32, use the adapter unmerged, or --force it."],
                 )
             storage.publish(staging / target.name, target)
         finally:
@@ -169,11 +176,9 @@ def _check_fit(job: _Job) -> None:
             f"The base is {architecture.title}.",
             [f"{item.path} is for {item.adapter.architecture.title}." for item in other],
         )
-    missing = sorted({
-        ".".join(place) for item in job.adapters for place in item.adapter.updates if place not in job.weights.held
-    })  # fmt: skip
     words = [word for item in job.adapters for word in item.adapter.tokens]
-    problems = [f"it has no layer {name}." for name in missing]
+    found = [problem for item in job.adapters for problem in job.weights.misfits(item.adapter.updates)]
+    problems = list(dict.fromkeys(found))
     problems += [f"the learned word {word!r} would have to go into the tokenizer too." for word in words]
     if problems:
         raise InterchangeError("The adapters do not fit the base.", shortened(problems))
@@ -196,16 +201,28 @@ def _write(job: _Job, base: Path, target: Path, result: IntoBase) -> None:
             copy = target / source.relative_to(base)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, copy)
+            if job.dtype is not None and source.name == "config.json":
+                _say_dtype(copy, job.dtype)
+
+
+def _say_dtype(config: Path, dtype: torch.dtype) -> None:
+    """Make a network's configuration name the format that its weights have now; transformers loads them in it."""
+    document = json.loads(config.read_bytes())
+    stated = {key: str(dtype).removeprefix("torch.") for key in ("dtype", "torch_dtype") if key in document}
+    if stated:
+        storage.write_json(config, document | stated)
 
 
 def _stream(job: _Job, component: str, tensors: Tensors, path: Path) -> None:
     """Write one file of weights with the changes in it."""
     header = tensors.header
     empty = {
-        name: torch.empty(entry.shape, dtype=DTYPES.get(entry.dtype, torch.float32), device="meta")
+        name: torch.empty(
+            entry.shape, dtype=COUNTS.get(entry.dtype) or job.dtype or DTYPES.get(entry.dtype), device="meta"
+        )
         for name, entry in header.tensors.items()
     }
-    unknown = {name for name, entry in header.tensors.items() if entry.dtype not in DTYPES}
+    unknown = {name for name, entry in header.tensors.items() if entry.dtype not in DTYPES | COUNTS}
     if unknown:
         raise InterchangeError(
             f"{header.path} holds number formats that cannot be merged into.", shortened(sorted(unknown))
@@ -217,6 +234,8 @@ def _stream(job: _Job, component: str, tensors: Tensors, path: Path) -> None:
         stream.write(storage.safetensors_header(empty, _kept(header)))
         for number, name in enumerate(storage.tensor_order(empty)):
             changed = _changed(job, tensors, name, places.get(name, ()), name in turned)
+            if changed is None and empty[name].dtype != (DTYPES | COUNTS)[header.tensors[name].dtype]:
+                changed = _finite(read_tensor(tensors, name).to(empty[name].dtype), name)
             stream.write(tensors.raw(name) if changed is None else storage.tensor_bytes(changed))
             job.advance(number + 1, component)
         stream.flush()
@@ -269,16 +288,25 @@ def _changed(job: _Job, tensors: Tensors, name: str, rows: tuple[Rows, ...], tur
             exact[position : position + last - first] += change[first:last]
     if not touched:
         return None
-    rounded = exact.to(DTYPES[tensors.header.tensors[name].dtype])
-    if not bool(torch.isfinite(rounded.float()).all()):
-        raise InterchangeError(
-            f"{name} would reach {float(exact.abs().max()):.3g}, beyond its number format.",
-            ["use a smaller weight (file@0.5), or merge into an fp32 copy of the base."],
-        )
+    rounded = _finite(exact.to(job.dtype or DTYPES[tensors.header.tensors[name].dtype]), name)
     wanted = exact - plain.double()
     job.lost += float((rounded.double() - exact).square().sum())
     job.whole += float(wanted.square().sum())
     return rounded.T.contiguous() if turned else rounded
+
+
+def _finite(rounded: Tensor, name: str) -> Tensor:
+    """The same tensor.
+
+    Raises:
+        InterchangeError: if a number lies beyond its format.
+    """
+    if not bool(torch.isfinite(rounded.float()).all()):
+        raise InterchangeError(
+            f"{name} would reach beyond its number format ({str(rounded.dtype).removeprefix('torch.')}).",
+            ["use a smaller weight (file@0.5), or write the model as --dtype fp32."],
+        )
+    return rounded
 
 
 def _kept(header: Header) -> dict[str, str]:

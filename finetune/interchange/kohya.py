@@ -130,6 +130,8 @@ def join(pieces: tuple[Piece, ...], updates: Mapping[str, Update], rows: int) ->
     present = [updates[piece.module] for piece in pieces if piece.module in updates]
     if len(pieces) == 1 and pieces[0].start == 0:
         return present[0]
+    if all(update.method == "diff" for update in present):
+        return _stacked(pieces, updates, rows)
     if not all(update.is_low_rank for update in present):
         named = " and ".join(sorted({update.method for update in present}))
         raise InterchangeError("", [f"{named} cannot be joined exactly; --to peft keeps the layers apart."])
@@ -156,6 +158,19 @@ def join(pieces: tuple[Piece, ...], updates: Mapping[str, Update], rows: int) ->
         position += piece.stop - piece.start
     tall = first if shared else torch.cat([down for _, down in downs.values()])
     return Update("lora", {"lora_A.weight": tall, "lora_B.weight": up}, present[0].scale if shared else 1.0)
+
+
+def _stacked(pieces: tuple[Piece, ...], updates: Mapping[str, Update], rows: int) -> Update:
+    """Whole changes one below the other; zero where nothing changes."""
+    found: dict[str, Tensor] = {}
+    position = 0
+    for piece in pieces:
+        stop = position + piece.stop - piece.start
+        for part, tensor in updates[piece.module].tensors.items() if piece.module in updates else ():
+            whole = found.setdefault(part, torch.zeros(rows, *tensor.shape[1:]))
+            whole[position:stop] = tensor[piece.start : piece.stop]
+        position = stop
+    return Update("diff", found)
 
 
 def _kohya_parts(update: Update) -> dict[str, Tensor]:

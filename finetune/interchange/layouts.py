@@ -16,6 +16,9 @@ OURS = "finetune_adapter"
 """Metadata entry of this toolkit's own adapter files."""
 LOSSES = "finetune.lossy"
 """Metadata entry: a JSON list of what conversions lost, the oldest first; see `losses`."""
+BESIDE = "finetune.embeddings"
+"""Metadata entry: JSON table, word -> its embedding's file, relative to the adapter's folder. An export has a folder
+to itself and lays them in `embeddings`; a conversion may have other files around it and takes `NAME.embeddings`."""
 WORD = "finetune.word"
 """Metadata entry of an embedding's file: the learned word."""
 PARTS = {
@@ -207,7 +210,7 @@ def _table(architecture: Architecture) -> dict[str, Spelled]:
 
 
 def _fit(header: Header, stems: Mapping[str, Mapping[str, str]], table: Architecture) -> tuple[int, ...]:
-    """How well a table explains a file: known names, fitting shapes, the file's own word, plain spelling."""
+    """How well a table explains a file: known names, whether most fit, the file's own word, how many fit, spelling."""
     known = shapes = plain = 0
     spelled = _table(table)
     for stem, parts in stems.items():
@@ -216,11 +219,14 @@ def _fit(header: Header, stems: Mapping[str, Mapping[str, str]], table: Architec
             known += 1
             shapes += _shapes_fit(header, parts, table, meaning)
             plain += meaning.dialect != "kohya-diffusers"
-    metadata = header.metadata
+    return known, shapes * 2 > known, said(header.metadata, table), shapes, plain
+
+
+def said(metadata: Mapping[str, str], table: Architecture) -> int:
+    """How many of a file's own entries name this kind of base, 0 to 2."""
     architecture = metadata.get("modelspec.architecture", "").split("/")[0].removesuffix("-lora")
     version = metadata.get("ss_base_model_version", "")
-    said = (architecture in table.modelspec) + any(version.startswith(known) for known in table.kohya_versions)
-    return known, shapes, said, plain
+    return (architecture in table.modelspec) + any(version.startswith(known) for known in table.kohya_versions)
 
 
 def _shapes_fit(header: Header, parts: Mapping[str, str], table: Architecture, meaning: Spelled) -> bool:
@@ -232,7 +238,7 @@ def _shapes_fit(header: Header, parts: Mapping[str, str], table: Architecture, m
     ):  # fmt: skip
         if part in parts and size:
             found = header.tensors[parts[part]].shape
-            if not found or found[axis] != size[0]:
+            if found[axis:][:1] != size[:1]:
                 return False
     return True
 
@@ -262,15 +268,16 @@ def _tokens(keys: Mapping[str, str], header: Header) -> tuple[dict[str, dict[str
 
 def _checkpoint(header: Header, architecture: Architecture | None, tokens: dict[str, dict[str, str]]) -> Resolved:
     """A whole model, or one network of it."""
-    best: tuple[tuple[int, int], Architecture, dict[str, Spelled]] | None = None
+    best: tuple[tuple[int, ...], Architecture, dict[str, Spelled]] | None = None
     for table in [architecture] if architecture else names.published():
         spelled = _weights(table)
         hits = [name for name in header.tensors if name in spelled]
         fitting = sum(weight_fits(header, name, spelled[name], table) for name in hits)
-        score = (fitting, len(hits))
+        # keep: shapes first; where none fits, the base is of another size and the file's own word is the best guess.
+        score = (fitting * 2 > len(hits), said(header.metadata, table), fitting, len(hits))
         if hits and (best is None or score > best[0]):
             best = score, table, spelled
-    if best is None or best[0][1] < 0.2 * len(header.tensors):
+    if best is None or best[0][-1] < 0.2 * len(header.tensors):
         return Resolved("unknown", unknown=sorted(header.tensors), tokens=tokens)
     _, table, spelled = best
     layers = [Layer(name, spelled[name], {"weight": name}) for name in header.tensors if name in spelled]

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor
 
+from data_tools.errors import counted
 from finetune.adapters.updates import merged_weight
 from finetune.interchange.adapter import Adapter, InterchangeError, Place, Update
 from finetune.interchange.layouts import LOSSES
@@ -46,7 +47,7 @@ class Loss:
         """For a table."""
         return (
             f"Lost, {self.cause}",
-            f"worst {self.worst:.2%} ({self.worst_layer}), mean {self.mean:.2%} over {self.layers} layers; "
+            f"worst {self.worst:.2%} ({self.worst_layer}), mean {self.mean:.2%} over {counted(self.layers, 'layer')}; "
             f"{self.total:.2%} of everything together",
         )
 
@@ -148,7 +149,9 @@ def reading_losses(adapter: Adapter, weights: Weights, reporter: Reporter) -> li
 
 
 def need_base(updates: dict[Place, Update], weights: Weights) -> None:
-    """Refuse to measure without the base what only the base can tell."""
+    """Refuse to measure without the base what only the base can tell, and with one that is of other layers."""
+    if weights.open and (misfits := weights.misfits({p: u for p, u in updates.items() if u.needs_base})):
+        raise InterchangeError("The adapter does not fit the base.", shortened(misfits))
     if weights.open:
         return
     missing = [f"{'.'.join(place)} is {update.method}." for place, update in updates.items() if update.needs_base]

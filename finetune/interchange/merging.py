@@ -32,12 +32,12 @@ class Settings:
     """How to merge.
 
     Attributes:
-        rank: of the result; 0 means the largest rank of the parts.
+        rank: of the result; None means the largest rank of the parts.
         density: share of values that "ties" and "dare" keep, in (0, 1].
         seed: of the values that "dare" drops.
     """
 
-    rank: int = 0
+    rank: int | None = None
     density: float = 0.5
     seed: int = 0
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from data_tools.errors import counted
 from finetune.header import open_tensors
 from finetune.interchange.layouts import Layer
 from finetune.interchange.names import Architecture
@@ -167,10 +168,14 @@ def invokeai(case: Case) -> Verdict:
         return Verdict(NO, f"it loads no adapters for {case.architecture.title}")
     if not case.unet:
         return _invokeai_flux(case)
-    if case.dialects - {"kohya", "kohya-diffusers"}:
-        return Verdict(NO, "it reads kohya names only for UNets")
-    if {"kohya", "kohya-diffusers"} <= case.dialects and _denoiser_dialects(case) == {"kohya", "kohya-diffusers"}:
-        return Verdict(NO, "it refuses files that mix original and diffusers names")
+    mixed = {"kohya", "kohya-diffusers"}
+    refused = {
+        "it reads kohya names only for UNets": bool(case.dialects - mixed),
+        "it refuses files that mix original and diffusers names": _denoiser_dialects(case) == mixed,
+        "it knows no rotations of outputs": "diag-oft" in case.methods,
+    }
+    if any(refused.values()):
+        return Verdict(NO, next(reason for reason, applies in refused.items() if applies))
     if "dora" in case.methods:
         return Verdict(PARTLY, "DoRA is normalised per input: wrong without any message")
     odd = [layer for layer in case.layers if layer.meaning.variant.startswith("lora_te")]
@@ -205,7 +210,7 @@ def kohya(case: Case) -> Verdict:
         return Verdict(NO, "its networks for transformers fail on layers without alpha; `finetune convert` adds it")
     odd = [layer for layer in case.layers if layer.meaning.variant]
     if odd:
-        return Verdict(PARTLY, f"it skips {len(odd)} layers: {odd[0].meaning.variant}")
+        return Verdict(PARTLY, f"it skips {counted(len(odd), 'layer')}: {odd[0].meaning.variant}")
     return _whole(case, _missed_by_kohya)
 
 
@@ -287,7 +292,7 @@ def _outside_blocks(case: Case) -> set[str]:
 
 def _with_unknown(case: Case) -> Verdict:
     if case.unknown:
-        return Verdict(PARTLY, f"{case.unknown} tensors are not known and would be skipped")
+        return Verdict(PARTLY, f"{counted(case.unknown, 'tensor is', 'tensors are')} not known and would be skipped")
     if case.tokens:
         return Verdict(PARTLY, "learned words are read only by programs that know bundled embeddings")
     return Verdict(YES)

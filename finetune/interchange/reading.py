@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data_tools.errors import counted
 from finetune.errors import ConfigError, first_few
 from finetune.header import Tensors, clean, open_tensors
 from finetune.interchange.adapter import Adapter, InterchangeError, Place, Update
-from finetune.interchange.layouts import OURS, Layer
+from finetune.interchange.layouts import OURS, Layer, said
 from finetune.interchange.names import CLIP_ROOT, Architecture, published, table_of
 from finetune.interchange.original import Piece
 from finetune.interchange.sources import Source, of_no_published_size, open_sources
@@ -23,6 +24,8 @@ from finetune.interchange.words import read_beside, text_encoder
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Number formats that adapters are written in; others are read as fp32."""
+PLAIN_NUMBERS = {"BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64"}
+"""Number formats without a fraction, in which weights are only packed."""
 REASONS = {
     "glora": "is a GLoRA, whose change depends on the base in a way that no other layout can say",
     "nothing": "has parts that make no update together",
@@ -30,13 +33,14 @@ REASONS = {
 """Method -> why it cannot be read."""
 
 
-def read_adapter(path: Path, base: Path | None = None) -> Adapter:
+def read_adapter(path: Path, base: Path | None = None, *, whole: bool = True) -> Adapter:
     """Read an adapter, whoever made it.
 
     Args:
         path: a .safetensors file, a PEFT folder, or a folder of PEFT folders.
         base: pipeline folder of the base it is for; needed for bases of no published size, whose fused layers could
             not be taken apart.
+        whole: refuse an adapter whose learned words' files are missing; otherwise its `left_out` names them.
 
     Raises:
         ConfigError: if there is nothing, or it is no adapter.
@@ -44,10 +48,10 @@ def read_adapter(path: Path, base: Path | None = None) -> Adapter:
         InterchangeError: for keys that are not known and updates that cannot be had exactly; all of them.
     """
     sources = open_sources(path, table_of(base))
-    return adapter_from(path, sources)
+    return adapter_from(path, sources, whole=whole)
 
 
-def adapter_from(path: Path, sources: list[Source]) -> Adapter:
+def adapter_from(path: Path, sources: list[Source], *, whole: bool = True) -> Adapter:
     """The adapter that some opened files make up; see `read_adapter`."""
     wrong = [source for source in sources if source.resolved.kind not in ("adapter", "embedding")]
     if wrong:
@@ -61,7 +65,7 @@ def adapter_from(path: Path, sources: list[Source]) -> Adapter:
     unknown = [name for source in sources for name in source.resolved.unknown]
     if unknown or architecture is None:
         raise InterchangeError(
-            f"{path} holds {len(unknown)} tensors whose names are not known, so it cannot be read without losing them."
+            f"{path} holds {counted(len(unknown), 'tensor')} of unknown name, and would not be read whole."
             if unknown
             else f"{path} does not say which kind of base its learned words are for.",
             [*shortened(unknown), "if the base is of an unusual make, name its folder with --base."],
@@ -77,7 +81,11 @@ def adapter_from(path: Path, sources: list[Source]) -> Adapter:
                 _add(adapter, source, layer, tensors, problems)
             for found, vectors in source.resolved.tokens.items():
                 word = found or path.stem
-                named = {text_encoder(architecture, key): _tensor(tensors, name) for key, name in vectors.items()}
+                # A word of one vector may lack the first side.
+                named = {
+                    text_encoder(architecture, key): torch.atleast_2d(_tensor(tensors, name))
+                    for key, name in vectors.items()
+                }
                 adapter.tokens.setdefault(word, {}).update(named)
         widest += [
             DTYPES.get(source.header.tensors[name].dtype, torch.float32)
@@ -89,8 +97,9 @@ def adapter_from(path: Path, sources: list[Source]) -> Adapter:
         raise InterchangeError(f"{path} cannot be read exactly.", shortened(problems))
     adapter.dtype = max(widest, key=lambda dtype: (dtype.itemsize, dtype == torch.bfloat16), default=torch.float32)
     _name_tokens(adapter)
-    if problems := read_beside(path, adapter):
-        raise InterchangeError(f"{path} has learned words that cannot be read.", shortened(problems))
+    adapter.left_out = read_beside(path, adapter)
+    if adapter.left_out and whole:
+        raise InterchangeError(f"{path} has learned words that cannot be read.", shortened(adapter.left_out))
     return adapter
 
 
@@ -104,16 +113,20 @@ def _kind(kind: str) -> str:
 
 
 def _of_words(source: Source) -> Architecture | None:
-    """The published base that learned words are for: the simplest whose text encoders have their widths."""
-    family = _own(source.header.metadata).get("family")
-    for table in sorted(published(), key=lambda table: len(table.networks)):
+    """The base that learned words are for: the one the file names, else the simplest published one of their widths."""
+    family = own_header(source.header.metadata).get("family")
+    tables = sorted(published(), key=lambda table: len(table.networks))
+    for table in tables:
+        if table.family == family or (not family and said(source.header.metadata, table)):
+            return table
+    for table in tables:
         encoders = {}
         for vectors in source.resolved.tokens.values():
             for key, name in vectors.items():
                 encoders[key] = text_encoder(table, key), source.header.tensors[name].shape[-1:]
         distinct = len({component for component, _ in encoders.values()}) == len(encoders)
         fitting = distinct and all(_width(table, component) == width for component, width in encoders.values())
-        if table.family == family or (fitting and not family):
+        if fitting:
             return table
     return None
 
@@ -150,29 +163,40 @@ def _update(source: Source, layer: Layer, tensors: Tensors) -> Update:
         for part, name in layer.parts.items()
         if part not in ("alpha", "on_input") or method == "diag-oft"
     }
+    whole = [name for part, name in layer.parts.items()
+             if part in parts and source.header.tensors[name].dtype in PLAIN_NUMBERS and part != "alpha"]  # fmt: skip
+    if whole:
+        raise _Unreadable(f"holds whole numbers ({whole[0]}), which only the program that packed them can read")
     if any(not bool(torch.isfinite(tensor).all()) for tensor in parts.values()):
         raise _Unreadable("holds numbers that are not finite")
     if "lora_B.bias" in parts and parts.pop("lora_B.bias").any():
         raise _Unreadable("trains a bias of the update (lora_bias), which no other layout can say")
     if method in ("loha", "lokr", "oft") and "lora_magnitude_vector" in parts:
         raise _Unreadable(f"joins {method} with DoRA's magnitudes, which only LyCORIS can say")
-    if method == "dora" and "lora_B.weight" in parts:
-        parts["lora_magnitude_vector"] = _magnitude(parts, layer.parts["lora_magnitude_vector"])
-    if method == "ia3" and "weight" in parts:
-        on_input = bool(_tensor(tensors, layer.parts["on_input"]).any()) if "on_input" in layer.parts else True
-        gains = 1 + parts.pop("weight").flatten()
-        parts["ia3_l"] = gains.reshape(1, -1) if on_input else gains.reshape(-1, 1)
-    if "set_weight" in parts:
-        parts["weight"] = parts.pop("set_weight")
-    if "lora_mid.weight" in parts:
-        parts["lora_A.weight"] = _without_core(parts.pop("lora_mid.weight"), parts["lora_A.weight"])
-    complete = {"lora": {"lora_A.weight", "lora_B.weight"}, "dora": {"lora_A.weight", "lora_B.weight"}}
-    if missing := complete.get(method, set()) - set(parts):
-        raise _Unreadable(f"lacks {', '.join(sorted(missing))}")
-    if method in ("lora", "dora") and parts["lora_A.weight"].shape[0] != parts["lora_B.weight"].shape[1]:
-        raise _Unreadable("has factors of different rank")
+    try:
+        parts = _in_our_terms(method, parts, layer, tensors)
+    except (KeyError, IndexError, RuntimeError) as error:
+        raise _Unreadable(f"has parts that make no {method} together ({', '.join(sorted(parts))})") from error
     update = Update(method, parts)
+    if problem := update.problem():
+        raise _Unreadable(problem)
     return replace(update, scale=source.scale(layer, update.rank, tensors), options=_options(source, layer))
+
+
+def _in_our_terms(method: str, parts: dict[str, Tensor], layer: Layer, tensors: Tensors) -> dict[str, Tensor]:
+    """The tensors of a layer under PEFT's names and in its shapes."""
+    found = dict(parts)
+    if method == "dora":
+        found["lora_magnitude_vector"] = _magnitude(found, layer.parts["lora_magnitude_vector"])
+    if method == "ia3" and "weight" in found:
+        on_input = bool(_tensor(tensors, layer.parts["on_input"]).any()) if "on_input" in layer.parts else True
+        gains = 1 + found.pop("weight").flatten()
+        found["ia3_l"] = gains.reshape(1, -1) if on_input else gains.reshape(-1, 1)
+    if "set_weight" in found:
+        found["weight"] = found.pop("set_weight")
+    if "lora_mid.weight" in found:
+        found["lora_A.weight"] = _without_core(found.pop("lora_mid.weight"), found["lora_A.weight"])
+    return found
 
 
 def _options(source: Source, layer: Layer) -> dict[str, object]:
@@ -236,7 +260,8 @@ def _split(architecture: Architecture, layer: Layer, update: Update) -> dict[Pla
         index = torch.cat([torch.arange(start, start + piece.stop - piece.start) for start, piece in in_order])
         part = take_rows(update, index)
         # A fused layer whose rows for one of its layers are all zero leaves that one alone.
-        if not part.is_low_rank or part.tensors["lora_B.weight"].any():
+        said = part.tensors.get("lora_B.weight") if part.is_low_rank else part.tensors.get("diff")
+        if said is None or said.any() or ("diff_b" in part.tensors and part.tensors["diff_b"].any()):
             result[place] = part
     return result
 
@@ -290,7 +315,7 @@ def _kron_rows(tensors: dict[str, Tensor], index: Tensor) -> dict[str, Tensor]:
 
 def _name_tokens(adapter: Adapter) -> None:
     """Our own files number learned words and name them in their header."""
-    words = [str(word) for word in _own(adapter.metadata).get("tokens", ())]
+    words = [str(word) for word in own_header(adapter.metadata).get("tokens", ())]
     if words:
         adapter.tokens = {
             words[int(key)] if key.isdigit() and int(key) < len(words) else key: vectors
@@ -298,7 +323,7 @@ def _name_tokens(adapter: Adapter) -> None:
         }
 
 
-def _own(metadata: Mapping[str, str]) -> dict[str, Any]:
+def own_header(metadata: Mapping[str, str]) -> dict[str, Any]:
     """The header of this toolkit's own files; empty for others. Whether it is sound was checked on opening."""
     own = json.loads(metadata.get(OURS, "{}"))
     return own if isinstance(own, dict) else {}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from data_tools.errors import counted
 from finetune.errors import ConfigError
 from finetune.interchange.adapter import Adapter, InterchangeError, Place, Update
 from finetune.interchange.losses import LOSSES, NOTABLE, Meter, noted
@@ -130,8 +131,9 @@ def extract(
         biases = _changed_biases(new, old, places)
     if not result:
         raise InterchangeError(f"{tuned} and {base} hold the same weights.", ["there is nothing to extract."])
-    notes = [f"{left_out} norms or convolutions differ too and are left out."] if left_out else []
-    notes += [f"{biases} biases differ too and are left out; a LoRA has none."] if biases else []
+    others = counted(left_out, "norm or convolution", "norms or convolutions")
+    notes = [f"Left out, though different too: {others}."] if left_out else []
+    notes += [f"Left out, as a LoRA has none: {counted(biases, 'bias', 'biases')}."] if biases else []
     assert old.architecture is not None, "extracting opens a base"
     metadata = {"finetune.base": base.name, "finetune.extracted_from": tuned.name}
     return sums.resized(Adapter(result, old.architecture, metadata, "extracted"), tuple(notes))
@@ -217,5 +219,5 @@ def _distribution(counts: Counter[int]) -> str:
     if len(ordered) > 8:
         total = sum(counts.values())
         mean = sum(rank * count for rank, count in ordered) / total
-        return f"{ordered[0][0]} to {ordered[-1][0]}, {mean:.1f} on average, {total} layers"
-    return ", ".join(f"{rank} ({count} layers)" for rank, count in ordered)
+        return f"{ordered[0][0]} to {ordered[-1][0]}, {mean:.1f} on average, {counted(total, 'layer')}"
+    return ", ".join(f"{rank} ({counted(count, 'layer')})" for rank, count in ordered)

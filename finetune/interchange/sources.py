@@ -7,22 +7,22 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
 from finetune.errors import CheckpointError, ConfigError
 from finetune.header import Header, Tensors, read_header
-from finetune.interchange.layouts import OURS, Layer, Resolved, resolve, weight_fits
+from finetune.interchange.layouts import BESIDE, OURS, Layer, Resolved, resolve, weight_fits
 from finetune.interchange.names import Architecture, published
+from finetune.run_files import ADAPTER_FILE
 
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 LARGEST_CONFIG = 10_000_000
 """Bytes of a PEFT configuration; real ones have a few thousand."""
 DIFFUSERS_SETTINGS = "lora_adapter_metadata"
-RUN_ADAPTER = "adapter.safetensors"
-KNOWN_FILES = ("pytorch_lora_weights.safetensors", RUN_ADAPTER)
+KNOWN_FILES = ("pytorch_lora_weights.safetensors", ADAPTER_FILE)
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Source:
             return weight_fits(self.header, layer.stem, layer.meaning, architecture)
         if architecture is None or up is None:
             return True
-        return self.header.tensors[up].shape[0] == sum(piece.stop - piece.start for piece in layer.pieces)
+        return self.header.tensors[up].shape[:1] == (sum(piece.stop - piece.start for piece in layer.pieces),)
 
     def scale(self, layer: Layer, rank: int | None, tensors: Tensors) -> float:
         """What a layer's update is multiplied by, by the rules of the layout's own readers.
@@ -111,6 +111,36 @@ def open_sources(path: Path, base: Architecture | None = None) -> list[Source]:
             [f"{PEFT_CONFIG} or {' or '.join(KNOWN_FILES)} was looked for; name the file itself."],
         )
     return [_file(path, base)]
+
+
+def words_beside(path: Path, metadata: Mapping[str, str]) -> dict[str, Path]:
+    """Learned word -> the file of its own where an adapter's metadata say that it lies, there or not.
+
+    Raises:
+        CheckpointError: if that is not beside the adapter, or the list is damaged.
+    """
+    listed = _json_text(path, BESIDE, metadata.get(BESIDE, "{}"))
+    found, wrong = {}, []
+    for word, name in listed.items():
+        parts = PurePosixPath(str(name)).parts
+        if len(parts) != 2 or ".." in parts or PurePosixPath(str(name)).is_absolute():
+            wrong.append(f"the word {word!r} is said to lie in {name!r}, which is not beside the adapter.")
+        else:
+            # A PEFT folder holds its words, or an export laid them beside it.
+            found[word] = path / name if (path / name).is_file() else path.parent / name
+    if wrong:
+        raise CheckpointError(f"{path} has learned words that cannot be read.", wrong)
+    return found
+
+
+def told_beside(path: Path, metadata: Mapping[str, str]) -> list[str]:
+    """What to say of an adapter's words in files of their own; strangers' metadata may be anything."""
+    try:
+        places = words_beside(path, metadata)
+    except CheckpointError as error:
+        return [error.headline, *error.problems]
+    lost = ", which is missing; drawing needs it there, convert, merge and diff go on without it"
+    return [f"its word {word} lies in {file}{'' if file.is_file() else lost}." for word, file in places.items()]
 
 
 def _file(path: Path, base: Architecture | None) -> Source:

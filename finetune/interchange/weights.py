@@ -1,12 +1,12 @@
 """The weights of a whole model, one at a time: a diffusers folder or a single file in the original layout.
 
-Nothing is loaded; tensors are read from the mapped files when they are asked for.
+Nothing is loaded; tensors are read from the files when they are asked for.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from finetune.errors import ConfigError
 from finetune.header import Header, Tensors, open_tensors, read_header
-from finetune.interchange.adapter import InterchangeError, Place
+from finetune.interchange.adapter import InterchangeError, Place, Update
 from finetune.interchange.layouts import Resolved, resolve, weight_fits
 from finetune.interchange.names import Architecture, canonical_module, from_base
 from finetune.interchange.original import Piece
@@ -107,6 +107,17 @@ class Weights:
         own = {(piece.start, piece.stop) for part in parts for piece in part.pieces
                if (piece.component, piece.module) == place}  # fmt: skip
         return (sum(stop - start for start, stop in own), *whole[1:])
+
+
+    def misfits(self, updates: Mapping[Place, Update]) -> list[str]:
+        """What keeps updates from being any of this model's layers, in words."""
+        problems = [f"it has no layer {'.'.join(place)}." for place in updates if place not in self.held]
+        for place, update in updates.items():
+            if place in self.held and (problem := update.misfit(self.shape(place))):
+                problems.append(f"{'.'.join(place)}: the adapter {problem}.")
+            elif place in self.held and "diff_b" in update.tensors and self.bias(place) is None:
+                problems.append(f"{'.'.join(place)} has no bias, which the adapter changes.")
+        return sorted(problems)
 
 
 @contextmanager

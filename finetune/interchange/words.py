@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from itertools import count
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,12 +18,10 @@ from torch import Tensor
 
 from finetune.header import open_tensors, read_header
 from finetune.interchange.adapter import Adapter, InterchangeError
-from finetune.interchange.layouts import WORD, resolve
-from finetune.interchange.names import Architecture
+from finetune.interchange.layouts import BESIDE, WORD, resolve
+from finetune.interchange.names import Architecture, published
+from finetune.interchange.sources import words_beside
 
-BESIDE = "finetune.embeddings"
-"""Metadata entry: JSON table, word -> its embedding's file, relative to the adapter's folder. An export has a folder
-to itself and lays them in `embeddings`; a conversion may have other files around it and takes `NAME.embeddings`."""
 Files = dict[str, tuple[dict[str, Tensor], dict[str, str]]]
 """Path relative to the adapter's folder -> (tensors, metadata)."""
 
@@ -88,21 +86,16 @@ def words_folder(path: Path) -> str:
 
 
 def read_beside(path: Path, adapter: Adapter) -> list[str]:
-    """Add the words that lie in files of their own; returns what is wrong with them."""
-    problems = []
-    for word, name in _listed(adapter.metadata).items():
+    """Add the words that lie in files of their own; returns those whose file is missing, in words."""
+    missing = []
+    for word, file in words_beside(path, adapter.metadata).items():
         if word in adapter.tokens:
             continue
-        parts = PurePosixPath(name).parts
-        # A PEFT folder holds its words, or an export laid them beside it.
-        file = path / name if (path / name).is_file() else path.parent / name
-        if len(parts) != 2 or ".." in parts or PurePosixPath(name).is_absolute():
-            problems.append(f"the word {word!r} is said to lie in {name!r}, which is not beside the adapter.")
-        elif not file.is_file():
-            problems.append(f"the learned word {word!r} lies in {file}, which is missing: put it back.")
-        else:
+        if file.is_file():
             adapter.tokens[word] = read_embedding(file, adapter.architecture)
-    return problems
+        else:
+            missing.append(f"the learned word {word!r} lies in {file}, which is missing: put it back.")
+    return missing
 
 
 def read_embedding(file: Path, architecture: Architecture) -> dict[str, Tensor]:
@@ -118,7 +111,7 @@ def read_embedding(file: Path, architecture: Architecture) -> dict[str, Tensor]:
     (vectors,) = resolved.tokens.values()
     with open_tensors(header) as tensors:
         return {
-            text_encoder(architecture, key): torch.from_numpy(np.array(tensors.array(name), dtype=np.float32))
+            text_encoder(architecture, key): torch.from_numpy(np.array(tensors.array(name), dtype=np.float32, ndmin=2))
             for key, name in vectors.items()
         }
 
@@ -126,6 +119,12 @@ def read_embedding(file: Path, architecture: Architecture) -> dict[str, Tensor]:
 def reader_key(architecture: Architecture, component: str, only: str) -> str:
     """How readers call the tensor for a text encoder: `only` where a base has one encoder."""
     return only if len(_encoders(architecture)) == 1 else architecture.networks[component].comfy.split(".")[1]
+
+
+def reader_keys(family: str, components: Iterable[str]) -> dict[str, str]:
+    """What readers call the tensors for some text encoders -> the encoder; empty where a base has one."""
+    table = next(table for table in published() if table.family == family)
+    return {key: name for name in components if (key := reader_key(table, name, ""))}
 
 
 def text_encoder(architecture: Architecture, key: str) -> str:
@@ -139,13 +138,3 @@ def text_encoder(architecture: Architecture, key: str) -> str:
 
 def _encoders(architecture: Architecture) -> list[str]:
     return sorted(name for name in architecture.networks if name != architecture.denoiser)
-
-
-def _listed(metadata: Mapping[str, str]) -> dict[str, str]:
-    try:
-        listed = json.loads(metadata.get(BESIDE, "{}"))
-    except (ValueError, RecursionError):
-        listed = None
-    if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
-        raise InterchangeError("The file's list of learned words is damaged.", [f"its metadata entry is {BESIDE}."])
-    return listed

@@ -115,26 +115,27 @@ def write_peft(adapter: Adapter, dtype: torch.dtype, lossy: bool) -> Written:
 
 def write_ours(adapter: Adapter, dtype: torch.dtype, lossy: bool) -> Written:
     """This toolkit's own adapter file, for `finetune export`, `finetune train` and the report; always fp32."""
-    refuse(
-        adapter,
-        {
-            "diff": "a change written out whole needs the base to become whole weights; exact: --to kohya",
-            "diag-oft": "LyCORIS' rotation of outputs is no method here; exact: --to kohya",
-        },
-        set(UPDATES),
-    )
     file = to_file(adapter)
     header = {"version": VERSION, **asdict(file.header)}
     text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return Written({"": (file.tensors, {"format": "pt", HEADER_KEY: text})})
 
 
+INSTEAD = "`finetune merge FILE --into BASE` puts it into a base to draw with; --to kohya keeps it"
+ONLY_MERGED = {
+    "diff": f"a change written out whole needs the base to become whole weights; {INSTEAD}",
+    "diag-oft": f"LyCORIS' rotations of outputs are no method here; {INSTEAD}",
+}
+"""Method of other trainers -> why it is no adapter of this toolkit, and what is done with it."""
+
+
 def to_file(adapter: Adapter) -> AdapterFile:
     """The same adapter as the value that export and sampling take.
 
     Raises:
-        InterchangeError: if a network has several methods.
+        InterchangeError: if a network has several methods, or one that this toolkit neither trains nor draws with.
     """
+    refuse(adapter, ONLY_MERGED, set(UPDATES))
     problems = [
         f"{name} has {' and '.join(sorted(found))}." for name, found in adapter.methods().items() if len(found) > 1
     ]

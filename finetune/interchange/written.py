@@ -6,15 +6,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from data_tools.errors import counted
 from finetune import storage
 from finetune.interchange.adapter import Adapter, InterchangeError, Update
 from finetune.interchange.names import CLIP_ROOT
-from finetune.interchange.reading import shortened
+from finetune.interchange.reading import own_header, shortened
 from finetune.interchange.words import alone
 
 Number = TypeVar("Number", int, float)
@@ -74,12 +75,15 @@ def methods(adapter: Adapter, component: str = "") -> set[str]:
 def refuse(adapter: Adapter, reasons: Mapping[str, str], known: set[str], bias: bool = False) -> None:
     """Say no for methods with a reason, methods that are not known, and changes of biases unless they can be kept."""
     counts = Counter(update.method for update in adapter.updates.values())
-    problems = [f"{count} layers are {method}: {reasons.get(method, 'this layout has no words for it')}."
+    problems = [f"{counted(count, 'layer is', 'layers are')} {method}: "
+                f"{reasons.get(method, 'this layout has no words for it')}."
                 for method, count in counts.items() if method in reasons or method not in known]  # fmt: skip
     biases = [f"{c}.{m}" for c, m, update in each(adapter) if "diff_b" in update.tensors and not bias]
-    problems += [f"{len(biases)} layers change a bias (e.g. {biases[0]}): exact only in --to kohya."] if biases else []
+    if biases:
+        change = counted(len(biases), "layer changes", "layers change")
+        problems.append(f"{change} a bias (e.g. {biases[0]}): exact only in --to kohya.")
     if problems:
-        raise InterchangeError("The adapter cannot be written in this layout.", shortened(problems))
+        raise InterchangeError("The adapter cannot be had in this layout.", shortened(problems))
 
 
 def refuse_words_alone(adapter: Adapter) -> None:
@@ -142,9 +146,27 @@ def _endings(module: str) -> Iterator[str]:
 
 def kept_metadata(adapter: Adapter) -> dict[str, str]:
     """What the file said about itself, without entries about other bytes."""
+    stated = _stated(own_header(adapter.metadata)) | adapter.metadata
     return {"format": "pt"} | {
-        key: value for key, value in adapter.metadata.items() if key.startswith(KEPT_METADATA) and key not in STALE
+        key: value for key, value in stated.items() if key.startswith(KEPT_METADATA) and key not in STALE
     }
+
+
+def _stated(header: Mapping[str, Any]) -> dict[str, str]:
+    """The header of this toolkit's own file in the words that other programs read; nothing else is said."""
+    words = ", ".join(str(word) for word in header.get("trigger_words") or ())
+    base, step = str(header.get("base") or ""), str(header.get("step") or "")
+    entries = {
+        "modelspec.trigger_phrase": words,
+        "modelspec.usage_hint": f"Write {words} in the prompt." if words else "",
+        "finetune.base": base,
+        "finetune.base_digest": str(header.get("base_digest") or ""),
+        "finetune.run_digest": str(header.get("run_digest") or ""),
+        "finetune.step": step,
+        "ss_sd_model_name": base,
+        "ss_steps": step,
+    }
+    return {name: value for name, value in entries.items() if value}
 
 
 def cast(tensors: dict[str, Tensor], dtype: torch.dtype, keep: tuple[str, ...] = ()) -> dict[str, Tensor]:
@@ -160,7 +182,8 @@ def cast(tensors: dict[str, Tensor], dtype: torch.dtype, keep: tuple[str, ...] =
     large = [name for name, tensor in narrow.items() if not bool(torch.isfinite(tensor.float()).all())]
     if large:
         raise InterchangeError(
-            f"{len(large)} tensors hold values beyond {torch.finfo(dtype).max:.5g}, the end of this number format.",
+            f"{counted(len(large), 'tensor holds', 'tensors hold')} values beyond {torch.finfo(dtype).max:.5g}, the "
+            "end of this number format.",
             [*shortened(large), "write it with --dtype fp32 or bf16."],
         )
     return narrow

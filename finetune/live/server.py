@@ -5,8 +5,10 @@ All addresses in the page are relative, so that it works at any path, such as be
 
 from __future__ import annotations
 
+import errno
 import json
 import re
+import socket
 from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -36,9 +38,14 @@ def serve(folder: Path, host: str, port: int) -> ThreadingHTTPServer:
     try:
         return ThreadingHTTPServer((host, port), partial(_Handler, folder))
     except (OSError, OverflowError) as error:
+        here = isinstance(error, socket.gaierror) or getattr(error, "errno", None) == errno.EADDRNOTAVAIL
         raise ConfigError(
             f"The page cannot be shown at {host}:{port}: {getattr(error, 'strerror', None) or error}.",
-            ["name another with --port; --port 0 takes any that is free"],
+            [
+                "--host is an address of this machine: 127.0.0.1 for itself only, 0.0.0.0 for all who reach it"
+                if here
+                else "name another with --port; --port 0 takes any that is free"
+            ],
         ) from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -17,7 +18,8 @@ from finetune.adapters.files import AdapterFile
 from finetune.errors import ConfigError, NumericError
 from finetune.families.base import Components, ModelFamily
 from finetune.sampling.apply import adapter_applied, evaluating
-from finetune.sampling.guides import Guides, for_base, pictures_for, steered, takes_latents
+from finetune.sampling.guides import Guides, for_base, kept, pictures_for, steered
+from finetune.sampling.keeping import Keeping
 from finetune.sampling.schedulers import SCHEDULERS, build_scheduler
 from finetune.sampling.stages import Refiner, Relay, Stage
 
@@ -91,19 +93,18 @@ def generate(  # noqa: PLR0913 - what the user chooses, one keyword each
         stack.enter_context(evaluating(components))
         for file, strength in adapters:
             stack.enter_context(adapter_applied(family, components, file, strength))
-        stack.enter_context(_one_dtype(family, components, refiner, guides))
+        stack.enter_context(_one_dtype(family, components, refiner))
         pipeline = steered(build_pipeline(family, components, scheduler), guides)
         stage = Stage(family, components, pipeline, negative_prompt, guidance, emphasis)
         relay = stage.then(refiner, partial(build_pipeline, scheduler=scheduler)) if refiner else Relay(stage)
         said = relay.words([[prompts[index] for index in batch] for batch in batches])
         for number, (batch, words) in enumerate(zip(batches, said, strict=True)):
-            latents = relay.run(
-                words,
-                _canvas(family, components, pipeline, guides, size, len(batch)),
-                partial(_reporter, progress, number, len(batches), guides.steps(steps)),
-                num_inference_steps=steps,
-                generator=[torch.Generator().manual_seed(seeds[index]) for index in batch],
-            )
+            generators = [torch.Generator().manual_seed(seeds[index]) for index in batch]
+            dtype = next(iter(words[0].values())).dtype
+            keep = kept(guides, family, components, size, generators, dtype)
+            after = _Bar(progress, number, len(batches), guides.steps(steps), keep)
+            canvas = _canvas(family, components, pipeline, guides, size, len(batch))
+            latents = relay.run(words, canvas, after.part, num_inference_steps=steps, generator=generators)
             latents = family.as_picture(latents, *_latent_size(family, components, height, width))
             for index, latent in zip(batch, latents, strict=True):
                 pictures.append(_decode(family, components, latent, f"prompt {index} ({prompts[index]!r})"))
@@ -120,7 +121,7 @@ def build_pipeline(family: ModelFamily, components: Components, scheduler: str |
     parts: dict[str, Any] = {
         family.denoiser: components.denoiser,
         "vae": components.vae,
-        "scheduler": build_scheduler(components, scheduler),
+        "scheduler": build_scheduler(components, scheduler, sigmas=family.hands_sigmas),
         **components.text_encoders,
         **{
             name.replace("text_encoder", "tokenizer"): tokenizer
@@ -161,8 +162,8 @@ def _canvas(
     family: ModelFamily, components: Components, pipeline: Any, guides: Guides, size: tuple[int, int], count: int
 ) -> dict[str, Any]:
     """What is drawn on: the guides, a size, or an empty picture for a pipeline that can only repaint."""
-    if guides.image is not None or guides.control is not None:
-        return pictures_for(guides, family, components, pipeline, size, count)
+    if guides.starts_from_image or guides.control is not None:
+        return pictures_for(guides, pipeline, size, count)
     if not family.pipeline_starts_from_picture:
         return {"height": size[0], "width": size[1]}
     rows, columns = _latent_size(family, components, *size)
@@ -198,12 +199,11 @@ def _size_problems(family: ModelFamily, components: Components, sizes: dict[str,
 
 
 def _one_dtype(
-    family: ModelFamily, components: Components, refiner: Refiner | None, guides: Guides
+    family: ModelFamily, components: Components, refiner: Refiner | None
 ) -> AbstractContextManager[Any]:
     """Autocast if the networks that the pipeline runs are held in different number formats, as in mixed training."""
     networks: list[Any] = [components.denoiser, *components.text_encoders.values()]
     networks += [] if refiner is None else [refiner.components.denoiser]
-    networks += [components.vae] if guides.image is not None and not takes_latents(guides, components) else []
     # keep: weights of one byte are storage; their layers say themselves what they compute in.
     every = {parameter.dtype for root in networks for parameter in root.parameters()}
     dtypes = {dtype for dtype in every if dtype.itemsize > 1}
@@ -230,20 +230,31 @@ def _decode(family: ModelFamily, components: Components, latent: Tensor, what: s
     return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
 
 
-def _reporter(
-    progress: Progress | None, batch: int, batches: int, steps: int, first: float, last: float
-) -> Any:
-    """A callback for the part of a batch's steps from the share `first` to the share `last`."""
-    before, span = round(steps * first), round(steps * last) - round(steps * first)
+@dataclass(frozen=True)
+class _Bar:
+    """What happens after each step of a batch: the mask keeps its part, and progress is told."""
 
-    def report(pipeline: Any, step: int, timestep: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-        if progress is not None:
-            # keep: Heun and PNDM call the denoiser more often than once per step.
-            done = (step + 1) * span // max(1, pipeline.num_timesteps)
-            progress(batch * steps + before + min(done, span), batches * steps)
-        return arguments
+    progress: Progress | None
+    batch: int
+    batches: int
+    steps: int
+    kept: Keeping | None
 
-    return report
+    def part(self, first: float, last: float) -> Any:
+        """A pipeline's callback for the steps from the share `first` to the share `last`."""
+        before = round(self.steps * first)
+        span = round(self.steps * last) - before
+
+        def after(pipeline: Any, step: int, timestep: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+            if self.progress is not None:
+                # keep: Heun and PNDM call the denoiser more often than once per step.
+                done = (step + 1) * span // max(1, pipeline.num_timesteps)
+                self.progress(self.batch * self.steps + before + min(done, span), self.batches * self.steps)
+            if self.kept is not None:
+                arguments["latents"] = self.kept.over(arguments["latents"], pipeline.scheduler, step, timestep)
+            return arguments
+
+        return after
 
 
 __all__ = ["SCHEDULERS", "Applied", "Progress", "Refiner", "build_pipeline", "generate"]

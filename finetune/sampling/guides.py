@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from finetune.errors import ConfigError
 from finetune.families.base import Components, ModelFamily
 from finetune.sampling.edges import PREPARATIONS
+from finetune.sampling.keeping import Keeping, keeping
+from finetune.sampling.wanted import STRENGTH, steering_problems
 
-LDM_CHANNELS, FLOW_CHANNELS = 4, 16
-"""Channels of published autoencoders; diffusers knows latents by these numbers."""
+CONTROLNETS = ("ControlNetModel", "SD3ControlNetModel", "FluxControlNetModel")
+"""diffusers' classes of ControlNets for one kind of control picture."""
 
-
-STRENGTH = 0.6
-"""Usual share of the noise schedule for changing a picture."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,7 @@ class Guides:
         control_from: what makes it of `control` first, a name in PREPARATIONS; None shows it as it is.
         controlnet: a diffusers ControlNet made for the base's family.
         control_scale: how strongly the control picture is followed; 1 is as trained.
+        shown: whether the denoiser itself is shown picture and mask, as an inpainting one is; `for_base` says so.
     """
 
     image: Image.Image | None = None
@@ -45,6 +45,12 @@ class Guides:
     control_from: str | None = None
     controlnet: nn.Module | None = None
     control_scale: float = 1.0
+    shown: bool = False
+
+    @property
+    def starts_from_image(self) -> bool:
+        """Whether the pipeline is given `image`; what a mask has repainted wholly starts from noise alone."""
+        return self.image is not None and (self.shown or self.mask is None or self.strength < 1)
 
     def problems(self) -> list[str]:
         """What contradicts itself."""
@@ -72,27 +78,8 @@ def for_base(guides: Guides, family: ModelFamily, components: Components) -> Gui
         return guides
     white = Image.new("L", (1, 1), 255)
     if guides.image is None:
-        return replace(guides, image=Image.new("RGB", (1, 1), "grey"), mask=white, strength=1.0)
-    return replace(guides, mask=guides.mask or white)
-
-
-def steering_problems(given: Mapping[str, bool], strength: float) -> list[str]:
-    """What contradicts itself in a choice of guides.
-
-    Args:
-        given: "image", "mask", "control", "controlnet" -> whether there is one.
-        strength: see `Guides`.
-    """
-    found = []
-    if given["mask"] and not given["image"]:
-        found.append("a mask says what to repaint, so a picture to repaint is needed with it (image).")
-    if given["image"] and not 0 < strength <= 1:
-        found.append(f"strength={strength} must be above 0 and at most 1; 0.5 to 0.8 is usual.")
-    if given["control"] != given["controlnet"]:
-        found.append("a control picture and a ControlNet belong together; give both or neither.")
-    if given["control"] and given["mask"]:
-        found.append("a control picture and a mask cannot be combined, and inpainting bases always have a mask.")
-    return found
+        return replace(guides, image=Image.new("RGB", (1, 1), "grey"), mask=white, strength=1.0, shown=True)
+    return replace(guides, mask=guides.mask or white, shown=True)
 
 
 def steered(pipeline: Any, guides: Guides) -> Any:
@@ -102,9 +89,9 @@ def steered(pipeline: Any, guides: Guides) -> Any:
         ConfigError: if diffusers has none for this family, or the ControlNet was made for another.
     """
     kind: Any = None
-    if guides.mask is not None:
+    if guides.shown:
         kind = diffusers.AutoPipelineForInpainting
-    elif guides.image is not None:
+    elif guides.starts_from_image:
         kind = diffusers.AutoPipelineForImage2Image
     elif guides.controlnet is not None:
         kind = diffusers.AutoPipelineForText2Image
@@ -112,41 +99,96 @@ def steered(pipeline: Any, guides: Guides) -> Any:
         return pipeline
     extra = {}
     if guides.controlnet is not None:
-        _check_controlnet(guides.controlnet, pipeline)
+        denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
+        own = {**cast(Any, guides.controlnet).config, "_class_name": type(guides.controlnet).__name__}
+        if problems := controlnet_problems(own, denoiser.config):
+            raise ConfigError("The ControlNet cannot be used:", problems)
         extra = {"controlnet": guides.controlnet}
     try:
-        return _same_scheduler(kind.from_pipe(pipeline, **extra), pipeline)
+        return _same_parts(kind.from_pipe(pipeline, **extra), pipeline)
     except ValueError as error:
         raise ConfigError(
             f"diffusers has no pipeline that steers {type(pipeline).__name__} so: {str(error).splitlines()[0]}"
         ) from None
 
 
-def _check_controlnet(controlnet: Any, pipeline: Any) -> None:
-    denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
+def controlnet_problems(controlnet: Mapping[str, Any], denoiser: Mapping[str, Any]) -> list[str]:
+    """Why a ControlNet of this configuration cannot steer a denoiser of that one; nothing is loaded for it."""
+    kind = controlnet.get("_class_name")
+    if kind not in CONTROLNETS:
+        return [f"it is of class {kind}; a ControlNet for one kind of picture is one of {', '.join(CONTROLNETS)}."]
+    if controlnet.get("num_mode"):
+        return ["it is a union of several ControlNets, which must be told which of them to be; take one for one kind."]
     for width in ("cross_attention_dim", "joint_attention_dim", "pooled_projection_dim"):
-        own, wanted = (getattr(network.config, width, None) for network in (controlnet, denoiser))
+        own, wanted = controlnet.get(width), denoiser.get(width)
         if own != wanted:
-            raise ConfigError(
-                f"The ControlNet is made for another kind of base: its {width} is {own}, the base's {wanted}; take one "
-                "that was trained on this base's family."
-            )
+            return [
+                f"it is made for another kind of base: its {width} is {own}, the base's {wanted}; take one that was "
+                "trained on this base's family."
+            ]
+    return []
 
 
-def _same_scheduler(steered: Any, pipeline: Any) -> Any:
+def _same_parts(steered: Any, pipeline: Any) -> Any:
     steered.scheduler = pipeline.scheduler
+    steered.vae = SteadyVae(pipeline.vae)
     steered.set_progress_bar_config(disable=True)
     return steered
 
 
-def pictures_for(
-    guides: Guides, family: ModelFamily, components: Components, pipeline: Any, size: tuple[int, int], count: int
-) -> dict[str, Any]:
+class SteadyVae:
+    """An autoencoder as pipelines may use it: it stays where and as it is, and answers without drawing noise.
+
+    The pipelines would feed it the prompt's number format, cast it for good, or draw from the global generator.
+    """
+
+    def __init__(self, vae: Any) -> None:
+        self._vae = vae
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._vae, name)
+
+    def to(self, *_: Any, **__: Any) -> SteadyVae:
+        """Stays as it is."""
+        return self
+
+    def encode(self, pixels: Tensor) -> Any:
+        """The means of what it would give, computed in its own number format."""
+        home = next(self._vae.parameters())
+        # keep: under a half-precision denoiser's autocast an autoencoder in fp32 would overflow in fp16.
+        with torch.autocast(home.device.type, enabled=False):
+            mean = self._vae.encode(pixels.to(home.device, home.dtype)).latent_dist.mean
+        return _Encoded(_Sure(mean.to(pixels.device, pixels.dtype)))
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    latent_dist: _Sure
+
+
+@dataclass(frozen=True)
+class _Sure:
+    """A distribution that always gives its mean."""
+
+    mean: Tensor
+
+    def sample(self, generator: Any = None) -> Tensor:
+        return self.mean
+
+    def mode(self) -> Tensor:
+        return self.mean
+
+
+def pictures_for(guides: Guides, pipeline: Any, size: tuple[int, int], count: int) -> dict[str, Any]:
     """Arguments of the pipeline's call for a batch of `count` pictures of `size` (height, width) in pixels."""
     accepted = inspect.signature(pipeline.__call__).parameters
     told: dict[str, Any] = {"height": size[0], "width": size[1]} if "height" in accepted else {}
-    if guides.image is not None:
-        told |= _to_change(guides, family, components, pipeline, size, count)
+    if guides.starts_from_image:
+        assert guides.image is not None, "it starts from it"
+        pixels = (_pixels(guides.image, size) + 1) / 2
+        told |= {"image": pixels.expand(count, -1, -1, -1), "strength": guides.strength}
+    if guides.shown and guides.mask is not None:
+        told["mask_image"] = [guides.mask.convert("L").resize(size[::-1], Image.Resampling.LANCZOS)] * count
     if guides.control is not None:
         shown = guides.control.convert("RGB").resize(size[::-1], Image.Resampling.LANCZOS)
         if guides.control_from is not None:
@@ -157,35 +199,19 @@ def pictures_for(
     return told
 
 
-def takes_latents(guides: Guides, components: Components) -> bool:
-    """Whether the pipeline can tell latents from a picture by their channels, so that the picture is encoded here.
+def kept(
+    guides: Guides, family: ModelFamily, components: Components, size: tuple[int, int],
+    generators: Sequence[torch.Generator], dtype: torch.dtype,
+) -> Keeping | None:  # fmt: skip
+    """What the mask keeps of the picture while a batch of `size` (height, width) in pixels is drawn; None: nothing.
 
-    The autoencoder stays in fp32 while the pipeline would feed it the prompt's number format.
+    Args:
+        generators, dtype: see `keeping`.
     """
-    alone = guides.mask is None and guides.controlnet is None
-    channels = int(cast(Any, components.vae).config.latent_channels)
-    return channels in (LDM_CHANNELS, *((FLOW_CHANNELS,) if alone else ()))
-
-
-def _to_change(
-    guides: Guides, family: ModelFamily, components: Components, pipeline: Any, size: tuple[int, int], count: int
-) -> dict[str, Any]:
-    """The picture to change, its mask, and how much to change."""
-    assert guides.image is not None, "called only with a picture"
-    pixels = _pixels(guides.image, size)
-    told: dict[str, Any] = {"strength": guides.strength, "image": ((pixels + 1) / 2).expand(count, -1, -1, -1)}
-    encoded = takes_latents(guides, components)
-    if encoded:
-        channels = int(cast(Any, components.vae).config.latent_channels)
-        pipeline.image_processor.register_to_config(vae_latent_channels=channels)
-        told["image"] = _latents(family, components, pixels).expand(count, -1, -1, -1)
-    if guides.mask is not None:
-        grey = guides.mask.convert("L").resize(size[::-1], Image.Resampling.LANCZOS)
-        told["mask_image"] = [grey] * count
-        if encoded:
-            kept = _pixels(Image.merge("RGB", [grey] * 3), size) < 0
-            told["masked_image_latents"] = _latents(family, components, pixels * kept).expand(count, -1, -1, -1)
-    return told
+    if guides.shown or guides.mask is None or guides.image is None:
+        return None
+    mask = (_pixels(guides.mask, size)[:, :1] + 1) / 2
+    return keeping(family, _latents(family, components, _pixels(guides.image, size)), mask, generators, dtype)
 
 
 def _pixels(image: Image.Image, size: tuple[int, int]) -> Tensor:

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 
 from finetune.adapters import AdapterFile, merged_bias, merged_weight
-from finetune.adapters.files import ADAPTER_FILE, HEADER_KEY
+from finetune.adapters.files import HEADER_KEY
 from finetune.errors import CheckpointError, ConfigError
 from finetune.families.base import Components, ModelFamily
 from finetune.interchange import reading as interchange
 from finetune.interchange.writing import to_file
+from finetune.run_files import ADAPTER_FILE
 from finetune.sampling.apply import adapter_targets
-from finetune.storage import safetensors_metadata, sha256_file
+from finetune.sampling.papers import adapter_digest
+from finetune.storage import safetensors_metadata
 from finetune.weighted import parse_weighted
 
 
@@ -36,12 +38,6 @@ def read_adapter(path: Path, base: Path | None = None) -> AdapterFile:
     if file.is_file() and HEADER_KEY in safetensors_metadata(file):
         return AdapterFile.read(file)
     return to_file(interchange.read_adapter(file, base))
-
-
-def adapter_digest(path: Path) -> str:
-    """SHA-256 of the file that `read_adapter` reads the weights from, 64 hex digits."""
-    inside = (path / name for name in (ADAPTER_FILE, "adapter_model.safetensors"))
-    return sha256_file(next((file for file in inside if file.is_file()), path))
 
 
 def merge_first(

@@ -11,6 +11,8 @@ from pydantic import Field, ValidationError
 
 from finetune.config import Section
 from finetune.errors import ConfigError
+from finetune.run_files import ADAPTER_FILE, RUN_FILE
+from finetune.storage import sha256_file
 
 KEY = "finetune_sample"
 """The PNG text entry that holds a `Shot` as JSON."""
@@ -67,13 +69,13 @@ class Shot(Section):
     adapters: tuple[UsedAdapter, ...] = ()
     """In the order they were applied."""
     pictures: dict[str, str] = Field(default_factory=dict)
-    """Role (image, mask, control, controlnet) -> SHA-256 of what was given; of a refiner, that of its weights."""
+    """Role (image, mask, control) -> SHA-256 of what was given; controlnet, depth_model, refiner -> of its weights."""
     strength: float | None = None
     """Share of the noise schedule run on the given picture; None without one."""
     control_scale: float | None = None
     """How strongly the control picture is followed; None without one."""
     control_from: str | None = None
-    """What made the control picture out of the given one, e.g. canny; None showed it as it is."""
+    """What made the control picture out of the given one, canny or depth; None showed it as it is."""
     refiner: str | None = None
     """What the user called the base that drew the last steps; None drew all with one."""
     refiner_start: float | None = None
@@ -137,7 +139,8 @@ def shot_of(path: Path) -> Shot:
             image.load()
             text = getattr(image, "text", {}).get(KEY)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ConfigError(f"{path} cannot be read as a PNG: {error}.") from None
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{path} cannot be read as a PNG: {reason}.") from None
     if text is None:
         raise ConfigError(
             f"{path} does not say how it was made: it holds no {KEY!r} entry. Single pictures that `finetune sample` "
@@ -147,6 +150,32 @@ def shot_of(path: Path) -> Shot:
         return Shot.model_validate(json.loads(text))
     except (ValidationError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} has damaged papers: {str(error).splitlines()[0]}.") from None
+
+
+def adapter_path(path: Path) -> Path:
+    """The file or PEFT folder that holds an adapter's weights, of a run folder its finished one.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    if path.is_dir() and (path / ADAPTER_FILE).is_file():
+        return path / ADAPTER_FILE
+    if path.is_dir() and (path / RUN_FILE).is_file():
+        raise ConfigError(f"{path} holds a run without a finished adapter; `finetune train {path}` finishes it.")
+    if not path.exists():
+        raise ConfigError(f"--adapter {path} does not exist; name a .safetensors file, a PEFT folder or a run folder.")
+    return path
+
+
+def adapter_digest(path: Path) -> str:
+    """SHA-256 of the file that an adapter's weights are read from, 64 hex digits; over those of a folder of folders."""
+    inside = (path / name for name in (ADAPTER_FILE, "adapter_model.safetensors", "pytorch_lora_weights.safetensors"))
+    file = next((file for file in inside if file.is_file()), path)
+    if file.is_file():
+        return sha256_file(file)
+    files = sorted(path.rglob("*.safetensors"))
+    told = "".join(f"{file.relative_to(path).as_posix()} {sha256_file(file)}\n" for file in files)
+    return hashlib.sha256(told.encode()).hexdigest()
 
 
 def same_picture(path: Path, shot: Shot) -> bool:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import diffusers
+import inspect
+from typing import TYPE_CHECKING, Any
 
 from finetune.errors import ConfigError, nearest
-from finetune.families.base import Components
+
+if TYPE_CHECKING:
+    from finetune.families.base import Components
 
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
@@ -23,7 +24,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
         "DPMSolverMultistepScheduler",
         {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True},
     ),
-    "dpm++_2s": ("DPMSolverSinglestepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "dpm++_2s": ("DPMSolverSinglestepScheduler", {"algorithm_type": "dpmsolver++", "lower_order_final": True}),
     "unipc": ("UniPCMultistepScheduler", {}),
     "lcm": ("LCMScheduler", {}),
     "tcd": ("TCDScheduler", {}),
@@ -36,19 +37,24 @@ flow_ are for flow-matching bases, all others for bases with a diffusion schedul
 FLOW = "flow_"
 
 
-def build_scheduler(components: Components, name: str | None) -> Any:
+def build_scheduler(components: Components, name: str | None, *, sigmas: bool = False) -> Any:
     """The checkpoint's own scheduler, or another on the checkpoint's noise schedule.
 
     Args:
         name: a name in SCHEDULERS; None is the checkpoint's own.
+        sigmas: whether the pipeline hands it noise levels of its own, which not every sampler takes.
 
     Raises:
         ConfigError: if there is no such name, or it does not fit what the base was trained on.
     """
+    import diffusers  # noqa: PLC0415 - takes seconds, and the names above are judged without it
+
     own = str(components.scheduler_config.get("_class_name", "DDIMScheduler"))
     if name is None:
         return getattr(diffusers, own).from_config(components.scheduler_config)
-    fitting = [known for known in SCHEDULERS if known.startswith(FLOW) == own.startswith("FlowMatch")]
+    flow = {known for known in SCHEDULERS if known.startswith(FLOW)}
+    takers = {known for known in SCHEDULERS if not sigmas or _takes_sigmas(getattr(diffusers, SCHEDULERS[known][0]))}
+    fitting = [known for known in SCHEDULERS if (known in flow) == own.startswith("FlowMatch") and known in takers]
     if name not in SCHEDULERS:
         raise ConfigError(
             f"scheduler={name!r} is not known{nearest(name, fitting)}; for this base choose {', '.join(fitting)}, "
@@ -61,3 +67,7 @@ def build_scheduler(components: Components, name: str | None) -> Any:
         )
     class_name, settings = SCHEDULERS[name]
     return getattr(diffusers, class_name).from_config(components.scheduler_config, **settings)
+
+
+def _takes_sigmas(scheduler: Any) -> bool:
+    return "sigmas" in inspect.signature(scheduler.set_timesteps).parameters

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 from collections.abc import Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,13 +19,14 @@ from finetune.errors import ConfigError
 from finetune.families import Components
 from finetune.objectives import NoiseShape, Objective, build_objective
 from finetune.training import sharding
+from finetune.training.trackers import missing
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Names of number formats in configurations."""
 _AUTOCAST = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
-def build_accelerator(dtype: str, output_dir: Path, trackers: Sequence[str]) -> tuple[Accelerator, str]:
+def build_accelerator(dtype: str, trackers: Sequence[str]) -> tuple[Accelerator, str]:
     """The accelerator for a run, and the number format that "auto" came to.
 
     Raises:
@@ -37,7 +36,7 @@ def build_accelerator(dtype: str, output_dir: Path, trackers: Sequence[str]) -> 
     # keep: accelerate keeps its state for the whole process; a second run may need another precision.
     AcceleratorState._reset_state()
     resolved = auto_dtype() if dtype == "auto" else dtype
-    problems = [*_launcher_problems(), *_tracker_problems(trackers)]
+    problems = [*_launcher_problems(), *missing(trackers)]
     if resolved == "fp16" and not torch.cuda.is_available():
         problems.append("model.dtype=fp16 needs a GPU: a CPU computes fp16 too coarsely to train; use fp32 or bf16.")
     if problems:
@@ -50,8 +49,6 @@ def build_accelerator(dtype: str, output_dir: Path, trackers: Sequence[str]) -> 
         # keep: without a GPU accelerate joins processes only if it is told that they compute on CPUs.
         cpu=launched > 1 and not torch.accelerator.is_available(),
         mixed_precision=_AUTOCAST[resolved],
-        log_with=list(trackers) or None,
-        project_dir=str(output_dir),
         # the others wait while the first process renders class pictures
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
     )
@@ -83,20 +80,11 @@ REFUSED = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM"
 def _launcher_problems() -> list[str]:
     asked = [name for variable, name in REFUSED.items() if os.environ.get(variable, "").lower() in ("1", "true")]
     return [
-        f"accelerate was configured for {name}, which splits every weight over the processes under names of its own, "
-        "so that a checkpoint could not be resumed to the bit or by another number of processes. What is trained here "
-        "is small: run `accelerate launch --multi_gpu ...` (DDP), or `accelerate launch --use_fsdp --fsdp_version 2 "
-        "...`, which splits the frozen base over the GPUs where it does not fit on each."
+        f"accelerate was configured for {name}, which joins what is trained into nameless pieces, one per process, so "
+        "that no checkpoint could be resumed to the bit or by another number of processes; and what is trained here is "
+        "small. Run `accelerate launch --multi_gpu ...` (DDP), or, where the frozen base does not fit on each GPU, "
+        "`accelerate launch --use_fsdp --fsdp_version 2 ...` (FSDP2), which splits it as ZeRO-3 would."
         for name in asked
-    ]
-
-
-def _tracker_problems(trackers: Sequence[str]) -> list[str]:
-    return [
-        f"train.trackers names {name}, which is not installed: `pip install 'finetune[{name}]'`, or take it out: "
-        "metrics.jsonl is always written, and `finetune watch` draws it."
-        for name in trackers
-        if importlib.util.find_spec(name) is None
     ]
 
 

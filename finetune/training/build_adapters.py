@@ -24,7 +24,7 @@ from finetune.adapters import (
 from finetune.config import EncoderConfig, NetworkAdapterConfig, Run, TextAdapterConfig, TokensConfig
 from finetune.errors import ConfigError, nearest
 from finetune.families import Components, ModelFamily
-from finetune.families.folders import names_folder
+from finetune.families.places import names_folder
 from finetune.families.text import canonical
 from finetune.sampling.merging import merge_first
 from finetune.training.start_from import begin_from
@@ -77,6 +77,10 @@ def build_targets(
         f"{family.name} has {', '.join(family.text_encoders)}"
         for name in unknown
     ]
+    if text_adapter is not None and not any(target.disk_prefix != family.denoiser for target in targets):
+        problems.append(
+            "text_encoder_adapter.per_encoder leaves every text encoder frozen; set text_encoder_adapter=null instead"
+        )
     return targets, problems
 
 

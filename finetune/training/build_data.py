@@ -22,11 +22,11 @@ from finetune.data.dataset import (
     Cut,
     Picture,
     Reading,
-    check_folder,
     check_trigger,
     load_pictures,
     long_captions,
 )
+from finetune.data.folder import check_folder
 from finetune.data.holes import HoleCache
 from finetune.data.pixels import to_values
 from finetune.data.split import overlap, split_holdout

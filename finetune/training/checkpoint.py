@@ -21,12 +21,15 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import Tensor
-
+from data_tools.errors import counted
 from finetune.errors import CheckpointError, StorageError
+from finetune.run_files import RUN_FILE
 from finetune.storage import atomic_dir, read_safetensors, sha256_file, write_json, write_safetensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT = 1
 """Layout version, stored in every manifest; raise it when an older reader would misread the files."""
@@ -83,11 +86,11 @@ class Savable(Protocol):
         ...
 
 
-Contents = Mapping[str, Tensor] | Savable
+Contents = Mapping[str, "Tensor"] | Savable
 """What one tensor file of a checkpoint holds."""
 
 
-class TensorFiles(Mapping[str, dict[str, Tensor]]):
+class TensorFiles(Mapping[str, "dict[str, Tensor]"]):
     """Safetensors files by stem, read one at a time, because together they may not fit into memory twice."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
@@ -187,9 +190,22 @@ def latest_checkpoint(folder: Path) -> Found | None:
         skipped.append(damage)
     if skipped:
         raise CheckpointError(
-            f"{folder} holds {len(skipped)} checkpoint(s), and every one is damaged:",
+            f"{folder} holds {counted(len(skipped), 'checkpoint')}, and every one is damaged:",
             [*skipped, "copy an intact checkpoint back, or start again in another output_dir."],
         )
+    return None
+
+
+def newest_run(folder: Path) -> tuple[str, dict[str, Any]] | None:
+    """Name and run.json of the newest checkpoint where that document is whole; no tensor is read, so this is quick."""
+    for _, path in reversed(_checkpoints(folder)):
+        try:
+            manifest = _read_json(path / MANIFEST)
+            files = manifest["files"]
+            if manifest["sha256"] == _digest(files) and sha256_file(path / RUN_FILE) == files[RUN_FILE]["sha256"]:
+                return path.name, _read_json(path / RUN_FILE)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
     return None
 
 

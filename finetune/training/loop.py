@@ -19,7 +19,6 @@ from finetune.errors import StoppedOnRequest
 from finetune.families import Components, ModelFamily
 from finetune.objectives import Objective
 from finetune.rng import seed_libraries
-from finetune.run_files import dump_run
 from finetune.tracking import Advance, MetricsLog, Reporter
 from finetune.training.build_data import Pictures
 from finetune.training.checkpoint import Contents, TrainState, save_checkpoint
@@ -33,6 +32,7 @@ from finetune.training.samples import SampleSheets
 from finetune.training.signals import Agreement, Requests
 from finetune.training.step import StepResult, training_step
 from finetune.training.teacher import Teacher
+from finetune.training.trackers import Trackers
 from finetune.training.validation import BANDS, Ratio, Validator
 
 
@@ -72,6 +72,7 @@ class Loop:
     pictures: Pictures
     state: TrainState = field(default_factory=lambda: TrainState(step=0, samples_seen=0, epoch=0, seconds=0.0))
     validation: Ratio | None = None
+    trackers: Trackers = field(default_factory=lambda: Trackers((), Reporter()))
 
     def draws(self, step: int) -> list[list[Draw]]:
         """The pictures of optimizer step `step`, from 0, over all processes."""
@@ -114,7 +115,6 @@ def run_loop(loop: Loop, requests: Requests) -> None:
     # keep: a run that begins anew writes its step 0 anew, so nothing of a start that was killed before may stay.
     kept = loop.state.step or -1
     log = MetricsLog(run.output_dir / "metrics.jsonl", kept) if accelerator.is_main_process else None
-    accelerator.init_trackers("tracking", init_kwargs=_tracker_settings(run, loop.state.step))
     if loop.validator and loop.state.step == 0:
         _record(loop, log, 0, validate(loop))
     rate_at = learning_rates(run.optimizer, run.train.steps)
@@ -184,7 +184,7 @@ def _after_step(
         reading = loop.meter.read(loop.names)
         for warning in reading.warnings:
             loop.reporter.warn(warning)
-        values: dict[str, Any] = {**reading.values, "learning_rate": rate * run.optimizer.learning_rate}
+        values: dict[str, Any] = {**reading.values, **_rates(loop, rate)}
         values["epoch"] = loop.state.epoch
         if loop.validator and due(run.validation.every) and not stopping:
             values |= validate(loop)
@@ -197,9 +197,22 @@ def _after_step(
         save(loop)
         if saving and not stopping:
             loop.reporter.note(f"Saved after step {step}, as asked.")
-    if loop.sheets and run.samples.every and step % run.samples.every == 0 and not last:
+    if run.samples.every and step % run.samples.every == 0 and not last:
         with loop.mean.swapped() if loop.mean else nullcontext():
-            loop.sheets.render(step, loop.reporter)
+            show_sheet(loop, step)
+
+
+def show_sheet(loop: Loop, step: int) -> None:
+    """Render the sheet of `step`, in the first process and if there are prompts, and give it to the trackers."""
+    if loop.sheets:
+        loop.trackers.show(step, loop.sheets.render(step, loop.reporter))
+
+
+def _rates(loop: Loop, factor: float) -> dict[str, float]:
+    """The learning rate of the first that is trained; where others have another, of each; their lowest."""
+    lowest = {what: factor * rates[0] for what, rates in loop.adapters.rates().items()}
+    each = {f"learning_rate/{what}": rate for what, rate in lowest.items()} if len(set(lowest.values())) > 1 else {}
+    return {"learning_rate": next(iter(lowest.values())), **each}
 
 
 def _detail(loop: Loop, values: dict[str, float]) -> str:
@@ -220,19 +233,10 @@ def validate(loop: Loop) -> dict[str, Any]:
     return {"validation/loss": ratio.loss, "validation/ratio": ratio.value, "validation/error": ratio.error, **bands}
 
 
-def _tracker_settings(run: Run, step: int) -> dict[str, dict[str, Any]]:
-    """What each tracker is told; a run that goes on takes back the steps that it does again."""
-    name = run.output_dir.resolve().name
-    return {
-        "tensorboard": {"purge_step": step + 1},
-        "wandb": {"dir": str(run.output_dir), "name": name, "group": name, "config": dump_run(run)},
-    }
-
-
 def _record(loop: Loop, log: MetricsLog | None, step: int, values: dict[str, Any]) -> None:
     if log is not None:
         log.write(step, values)
-    loop.accelerator.log(values, step=step)
+    loop.trackers.log(step, values)
 
 
 def save(loop: Loop) -> None:

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
+import resource
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +31,14 @@ from finetune.training.optimizers import build_optimizer
 META = torch.device("meta")
 CUDA_OVERHEAD = 500 * 2**20
 """What CUDA takes for itself, roughly: context and kernels."""
+
+
+def resident_bytes() -> int:
+    """What this process holds of main memory now; where the system does not say, the most it ever held."""
+    statm = Path("/proc/self/statm")
+    if statm.is_file():
+        return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 @dataclass(frozen=True)

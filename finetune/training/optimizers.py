@@ -7,11 +7,13 @@ the library's own; `optimizer.options` reaches every one of them. Any other clas
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import inspect
 import io
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +28,8 @@ from finetune.training.optimizer_state import parameters_of, state_format
 
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 """Where torch's AdamW has one kernel for a whole step."""
+INSTALLED = {"site-packages", "dist-packages"}
+"""Where packages lie, whose version may change between two halves of a run."""
 Groups = list[dict[str, Any]]
 
 
@@ -60,6 +64,21 @@ def build_optimizer(config: OptimizerConfig, groups: Groups, device: torch.devic
     if config.name in OPTIMIZERS:
         return OPTIMIZERS[config.name](ready, config, device)
     return by_import_path(ready, config, device)
+
+
+def rehearse(config: OptimizerConfig, device: torch.device) -> None:
+    """Build the optimizer for one small matrix and take a step: what is wrong with it shows before anything is loaded.
+
+    Raises:
+        ConfigError: see `build_optimizer`; also for one whose step wants a closure, sparse gradients or other betas.
+    """
+    matrix = torch.nn.Parameter(torch.zeros(64, 64, device=device))
+    matrix.grad = torch.ones_like(matrix)
+    built = build_optimizer(config, [{"params": [matrix], "lr": config.learning_rate, "name": "rehearsal"}], device)
+    try:
+        built.optimizer.step()
+    except Exception as error:
+        raise _unusable(f"{config.name} cannot take a step here: {error}.") from error
 
 
 def adamw(groups: Groups, config: OptimizerConfig, device: torch.device) -> BuiltOptimizer:
@@ -177,6 +196,17 @@ def by_import_path(groups: Groups, config: OptimizerConfig, device: torch.device
     return _built(_class(module, name, None), groups, config)
 
 
+def own_code(name: str) -> dict[str, str]:
+    """The digest of the file of an optimizer of the user's own; none for the table's and for installed packages'."""
+    if name in OPTIMIZERS:
+        return {}
+    module, _, own = name.rpartition(".")
+    file = inspect.getsourcefile(_class(module, own, None))
+    if file is None or INSTALLED & set(Path(file).parts):
+        return {}
+    return {name: hashlib.sha256(Path(file).read_bytes()).hexdigest()}
+
+
 def set_learning_rate(optimizer: Optimizer, factor: float) -> None:
     """Give every group its own base rate times `factor`; on CUDA this fills the scalar that a recorded step
     reads.
@@ -220,12 +250,14 @@ def _built(
     unusable = [name for name in given if name not in known and name != "weight_decay"]
     if unusable:
         raise _unusable(f"optimizer.{unusable[0]} is given, but {cls.__name__} has no such setting; leave it out.")
-    foreign = [name for name in config.options if name not in known or name in ("params", "lr")]
+    options = [name for name in known if name not in ("params", "lr")]
+    foreign = [name for name in config.options if name not in options]
     if foreign:
         raise _unusable(
-            f"optimizer.options has {foreign[0]!r}{nearest(foreign[0], known)}; {cls.__name__} knows "
-            f"{', '.join(name for name in known if name not in ('params', 'lr'))}."
-        )
+            "optimizer.options has 'lr'; say optimizer.learning_rate." if "lr" in foreign else
+            f"optimizer.options has {foreign[0]!r}{nearest(foreign[0], options)}; {cls.__name__} knows "
+            f"{', '.join(options)}."
+        )  # fmt: skip
     arguments = {name: value for name, value in given.items() if name in known} | (own or {}) | config.options
     rate = next((group["initial_lr"] for group in groups), 1e-4)
     try:
@@ -252,7 +284,10 @@ def _class(module: str, name: str, extra: str | None) -> type[Optimizer]:
     except ModuleNotFoundError as error:
         package = module.partition(".")[0]
         raise _unusable(f"it needs the package {package}, which is missing ({error}); {remedy}.") from error
-    except AttributeError as error:
+    # keep: a file of the user's own can fail in any way while it is imported.
+    except Exception as error:
+        if module not in sys.modules:
+            raise _unusable(f"{module} cannot be imported: {error}.") from error
         known = [key for key, value in vars(sys.modules[module]).items() if isinstance(value, type)]
         raise _unusable(f"{module} has no {name}{nearest(name, known)}.") from error
     if not (isinstance(found, type) and issubclass(found, Optimizer)):

@@ -15,18 +15,20 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from data_tools.errors import counted
 from finetune.config import Run
 from finetune.data.dataset import Picture
 from finetune.data.sampler import Item, Sampler
 from finetune.families.base import Conditioning, ModelFamily, SizeConditioning
+from finetune.families.frozen import host_bytes
 from finetune.tracking import Reporter, Rows
 from finetune.training import build, plan, preflight, resume, setup
 from finetune.training.build_data import encoded_at_once
 from finetune.training.lock import hold
 from finetune.training.loop import one_step
 from finetune.training.lr_schedules import learning_rates
-from finetune.training.memory import CUDA_OVERHEAD, META, Memory, on_meta, pass_bytes, predict
-from finetune.training.optimizers import build_optimizer
+from finetune.training.memory import CUDA_OVERHEAD, META, Memory, on_meta, pass_bytes, predict, resident_bytes
+from finetune.training.optimizers import build_optimizer, rehearse
 from finetune.training.setup import Loaded
 
 DOCUMENTS = 100_000
@@ -41,22 +43,24 @@ def plan_run(run: Run, reporter: Reporter, measure: int = 0) -> None:
         UserError: for everything that would stop the run before its first step.
     """
     preflight.check(run)
+    program = resident_bytes()
     found = resume.find(run, resume.Resume())
-    accelerator, dtype = build.build_accelerator(run.model.dtype, run.output_dir, run.train.trackers)
+    accelerator, dtype = build.build_accelerator(run.model.dtype, run.train.trackers)
+    rehearse(run.optimizer, accelerator.device)
     loaded = setup.load(run, dtype, reporter, fresh=found is None)
     optimizer = build_optimizer(run.optimizer, loaded.adapters.parameter_groups(), torch.device("cpu"))
     processes = accelerator.num_processes
     sampler = Sampler(_items(run, loaded), run.train.batch_size * processes, run.train.seed)
     rows = [("Base model", f"{loaded.components.source} ({loaded.family.name}), {dtype} on {accelerator.device.type}")]
     rows += [*plan.data_rows(run, loaded.cut, loaded.pictures), *_class_rows(run), *loaded.adapters.describe()]
-    rows += plan.step_rows(run, sampler, processes, optimizer)
+    rows += plan.step_rows(run, sampler, processes, optimizer, loaded.adapters.told_rates())
     if found is not None:
         rows.append(("There already", f"{found.path.name}; `finetune train` goes on from it"))
     reporter.table("Plan", rows)
     plan.tell_problems(reporter, loaded.pictures)
     for note in optimizer.notes:
         reporter.warn(note)
-    reporter.table("Memory of one process", memory_rows(run, loaded, accelerator.device))
+    reporter.table("Memory of one process", memory_rows(run, loaded, accelerator.device, program))
     reporter.table("Disk", disk_rows(run, loaded))
     preflight.check_disk(run, loaded.adapters)
     # keep: measuring loads the base again; two of them do not fit where one just does.
@@ -83,11 +87,16 @@ def _class_rows(run: Run) -> Rows:
         return plan.teacher_rows(run)
     folder = prior.folder or run.output_dir / "class_images"
     have = sum(path.is_file() for path in folder.iterdir()) if folder.is_dir() else 0
-    return [("Class", f"{prior.images} pictures, weight {prior.prior_loss_weight:g}; {have} files are in {folder}")]
+    there = f"{counted(have, 'file is', 'files are')} in {folder}"
+    return [("Class", f"{counted(prior.images, 'picture')}, weight {prior.prior_loss_weight:g}; {there}")]
 
 
-def memory_rows(run: Run, loaded: Loaded, device: torch.device) -> Rows:
-    """The predicted peak of a step at the largest bucket, by parts, and of encoding the pictures before."""
+def memory_rows(run: Run, loaded: Loaded, device: torch.device, program: int) -> Rows:
+    """The predicted peak of a step at the largest bucket, by parts, and of encoding the pictures before.
+
+    Args:
+        program: bytes of main memory that Python and its libraries hold before anything is loaded.
+    """
     model = setup.trainable(run, loaded)
     largest = max(loaded.pictures.training, key=lambda p: p.placement.bucket[0] * p.placement.bucket[1])
     vae = loaded.components.vae
@@ -99,7 +108,15 @@ def memory_rows(run: Run, loaded: Loaded, device: torch.device) -> Rows:
         )
     except RuntimeError as error:
         return [("Not predicted", f"this base cannot be played without its content: {str(error).splitlines()[0]}")]
-    return _memory_table(memory, encoding, device)
+    return [*_memory_table(memory, encoding, device, program), *_host_rows(run, loaded.components.denoiser)]
+
+
+def _host_rows(run: Run, denoiser: nn.Module) -> Rows:
+    """What model.storage=host costs."""
+    size = host_bytes(denoiser)
+    passes = "three times" if run.train.gradient_checkpointing else "twice"
+    cost = f"{_size(size)}; every picture batch fetches all of it {passes} (forwards, backwards)"
+    return [("Base in main memory", cost)] if size else []
 
 
 def _encoding_bytes(family: ModelFamily, vae: nn.Module, bucket: tuple[int, int]) -> int:
@@ -109,18 +126,20 @@ def _encoding_bytes(family: ModelFamily, vae: nn.Module, bucket: tuple[int, int]
     return weights + pass_bytes(vae, lambda twin: family.encode_images(twin, pixels))
 
 
-def _memory_table(memory: Memory, encoding: int, device: torch.device) -> Rows:
+def _memory_table(memory: Memory, encoding: int, device: torch.device, program: int) -> Rows:
+    on_card = device.type != "cpu"
+    overhead = CUDA_OVERHEAD if on_card else program
     # keep: an accelerator holds the autoencoder alone while it encodes; in main memory the base lies beside it.
-    overhead = CUDA_OVERHEAD if device.type == "cuda" else 0
+    beside = overhead if on_card else overhead + memory.weights
     rows = [
         ("Base, frozen", _size(memory.weights)),
         ("Trained parameters", _size(memory.trained)),
         ("Optimizer state", _size(memory.optimizer)),
         *([("Running mean", _size(memory.mean))] if memory.mean else []),
         ("Activations and gradients", f"{_size(memory.step)} at the peak, counted on the meta device"),
-        *([("The accelerator itself", f"{_size(overhead)}, roughly")] if overhead else []),
+        ("The accelerator itself" if on_card else "Python and its libraries", f"{_size(overhead)}, roughly"),
         ("Together", _size(memory.total() + overhead)),
-        ("Encoding pictures, before", _size(encoding + (overhead or memory.weights))),
+        ("Encoding pictures, before", _size(encoding + beside)),
     ]
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
@@ -174,7 +193,7 @@ def disk_rows(run: Run, loaded: Loaded) -> Rows:
 def _measured(run: Run, reporter: Reporter, count: int) -> Rows:
     """Time `count` real steps after one that warms up; they are thrown away, encoded pictures stay in the cache."""
     with hold(run.output_dir):
-        accelerator, dtype = build.build_accelerator(run.model.dtype, run.output_dir, ())
+        accelerator, dtype = build.build_accelerator(run.model.dtype, ())
         loop, _ = setup.build_loop(run, accelerator, dtype, reporter, fresh=True)
     loop.model.train()
     cuda = accelerator.device.type == "cuda"

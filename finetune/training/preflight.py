@@ -8,7 +8,7 @@ from pathlib import Path
 
 from finetune.adapters import AdapterSet
 from finetune.config import Run
-from finetune.data.dataset import check_folder
+from finetune.data.folder import check_folder
 from finetune.errors import ConfigError
 from finetune.objectives import own
 from finetune.training import sharding

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from data_tools.errors import counted
 from finetune.adapters import AdapterSet
 from finetune.config import SamplesConfig
 from finetune.devices import on_device
@@ -19,6 +21,9 @@ from finetune.sampling.generate import Progress, generate
 from finetune.sampling.grid import Row, contact_sheet, seeds_label
 from finetune.storage import read_json, write_json
 from finetune.tracking import Reporter
+
+MOST_ROWS = 12
+"""Of steps.png: more are too much for an eye, and for the time between two steps."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class _Job:
 
 
 class SampleSheets:
-    """Renders samples/step-000000/000-0.png ..., samples/step-000000.png, the sheet, and steps.png, all of them."""
+    """Renders samples/step-000000/000-0.png ..., samples/step-000000.png, the sheet, and steps.png, several of them."""
 
     def __init__(
         self,
@@ -55,13 +60,23 @@ class SampleSheets:
         self._folder = folder
         self._device = device
 
-    def render(self, step: int, reporter: Reporter, *, only_if_missing: bool = False) -> Path:
-        """Render every prompt with the adapter as it is after `step` steps (step 0: the base model); the
-        sheet's path.
+    def forget(self, after: int) -> None:
+        """Take away the sheets of steps after `after`: they are done again, and maybe with other pictures."""
+        for folder in self._folder.glob("step-*/"):
+            if _step(folder) > after:
+                folder.with_suffix(".png").unlink(missing_ok=True)
+                shutil.rmtree(folder)
+                (self._folder / "steps.png").unlink(missing_ok=True)
+
+    def render(self, step: int, reporter: Reporter) -> Path:
+        """Render every prompt with the adapter as it is after `step` steps (step 0: the base model), unless that is
+        done; the sheet's path.
         """
         sheet = self._folder / f"step-{step:06d}.png"
         questions = self._folder / sheet.stem / "questions.json"
-        if only_if_missing and questions.is_file() and read_json(questions) == self._questions(step):
+        if questions.is_file() and read_json(questions) == self._questions(step):
+            if not (self._folder / "steps.png").is_file():
+                self._timeline(self._jobs())
             return sheet
         jobs = self._jobs()
         alike: dict[tuple[tuple[str, Any], ...], list[int]] = {}
@@ -117,20 +132,36 @@ class SampleSheets:
         every = self._samples.per_prompt
         groups = [slice(first, None, every) for first in range(every)]
         rows = [Row(seeds_label(job.seed for job in jobs[group]), images[group]) for group in groups]
-        title = f"After {step} steps" if step else "The base model"
+        title = f"After {counted(step, 'step')}" if step else "The base model"
         return contact_sheet(rows, columns=list(self._samples.prompts), title=title)
 
     def _timeline(self, jobs: list[_Job]) -> None:
-        """samples/steps.png: the first seed of each prompt, a row for every step that has been rendered."""
+        """samples/steps.png: the first seed of each prompt, a row per step, of many steps MOST_ROWS spread evenly."""
         first = jobs[:: self._samples.per_prompt]
-        rows = []
-        for questions in sorted(self._folder.glob("step-*/questions.json")):
-            step = int(questions.parent.name.removeprefix("step-"))
-            pictures = [questions.parent / job.name for job in first]
-            if read_json(questions) == self._questions(step) and all(path.is_file() for path in pictures):
-                rows.append(Row(f"step {step}" if step else "base model", [_opened(path) for path in pictures]))
-        if len(rows) > 1:
+        whole = [
+            questions.parent
+            for questions in sorted(self._folder.glob("step-*/questions.json"))
+            if read_json(questions) == self._questions(_step(questions.parent))
+            and all((questions.parent / job.name).is_file() for job in first)
+        ]
+        if len(whole) > 1:
+            rows = [Row(_label(folder), [_opened(folder / job.name) for job in first]) for folder in _spread(whole)]
             contact_sheet(rows, columns=list(self._samples.prompts)).save(self._folder / "steps.png")
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def _label(folder: Path) -> str:
+    return f"step {_step(folder)}" if _step(folder) else "base model"
+
+
+def _spread(folders: Sequence[Path]) -> list[Path]:
+    """The first, the last, and so many evenly between that there are MOST_ROWS at most."""
+    last = len(folders) - 1
+    rows = min(len(folders), MOST_ROWS)
+    return [folders[round(row * last / max(rows - 1, 1))] for row in range(rows)]
 
 
 def _opened(path: Path) -> Image.Image:

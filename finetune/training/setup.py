@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from data_tools.errors import counted
 from finetune.adapters import AdapterSet
 from finetune.config import Run
 from finetune.data.dataset import Cut, fingerprint
@@ -18,14 +19,14 @@ from finetune.objectives import Objective
 from finetune.run_files import dump_run
 from finetune.storage import write_json
 from finetune.tracking import Reporter
-from finetune.training import build, build_adapters, build_data, plan, preflight, resume, sharding
+from finetune.training import build, build_adapters, build_data, plan, preflight, restoring, resume, sharding
 from finetune.training.build_data import Pictures
 from finetune.training.ema import Ema, Mean, ScheduleFreeMean
 from finetune.training.history import History
 from finetune.training.loop import Loop
 from finetune.training.meter import Meter, Policy
 from finetune.training.model import TrainableModel, enable_gradient_checkpointing
-from finetune.training.optimizers import BuiltOptimizer, build_optimizer
+from finetune.training.optimizers import BuiltOptimizer, build_optimizer, own_code, rehearse
 from finetune.training.samples import SampleSheets
 from finetune.training.teacher import Teacher
 from finetune.training.validation import Validator
@@ -36,19 +37,22 @@ def prepare(run: Run, reporter: Reporter, how: resume.Resume) -> Loop:
     found = resume.find(run, how)
     # keep: "auto" means another format on another GPU; a resumed run keeps the one it began with.
     began = found.documents["base"]["dtype"] if found and run.model.dtype == "auto" else run.model.dtype
-    accelerator, dtype = build.build_accelerator(began, run.output_dir, run.train.trackers)
+    accelerator, dtype = build.build_accelerator(began, run.train.trackers)
+    rehearse(run.optimizer, accelerator.device)
     loop, cut = build_loop(run, accelerator, dtype, reporter, fresh=found is None)
     preflight.check_disk(run, loop.adapters)
     rows = [("Base model", f"{loop.components.source} ({loop.family.name}), {dtype} on {accelerator.device.type}")]
     rows += [*plan.data_rows(run, cut, loop.pictures), *plan.teacher_rows(run), *loop.adapters.describe()]
-    reporter.table("Plan", [*rows, *plan.step_rows(run, loop.sampler, accelerator.num_processes, loop.optimizer)])
+    rates = loop.adapters.told_rates()
+    rows += plan.step_rows(run, loop.sampler, accelerator.num_processes, loop.optimizer, rates)
+    reporter.table("Plan", rows)
     plan.tell_problems(reporter, loop.pictures)
     for note in [*build.launch_warnings(), *loop.optimizer.notes]:
         reporter.warn(note)
     if found is not None:
         for line in resume.story(found):
             reporter.warn(line)
-        resume.restore(found, loop, how)
+        restoring.restore(found, loop, how)
         reporter.note(f"Going on after step {loop.state.step} of {run.train.steps}.")
     if accelerator.is_main_process:
         write_json(run.output_dir / "run.json", dump_run(run))
@@ -131,7 +135,7 @@ def build_loop(run: Run, accelerator: Accelerator, dtype: str, reporter: Reporte
         )
         if run.samples.prompts and accelerator.is_main_process else None,
         accelerator, reporter, _documents(run, pictures, components, dtype, objective, optimizer, accelerator),
-        f"{len(probe)} {'held-out' if pictures.holdout else 'training'} pictures",
+        counted(len(probe), f"{'held-out' if pictures.holdout else 'training'} picture"),
         Meter(accelerator, Policy(run.train.on_spike, run.train.spike_deviations, run.train.tolerate_nonfinite)),
         History(run.validation.min_improvement), pictures,
     )  # fmt: skip
@@ -165,7 +169,7 @@ def _documents(
         "held_out": fingerprint(pictures.holdout),
         "base": {"digest": components.digest, "schedule": build.schedule_digest(components), "dtype": dtype},
         "optimizer_class": {"resolved": optimizer.resolved},
-        "own_code": objective.own_code(),
+        "own_code": objective.own_code() | own_code(run.optimizer.name),
         "batch": {"pictures per pass over all processes": run.train.batch_size * accelerator.num_processes},
         "numerics": build.numerics(accelerator.device),
     }

@@ -12,10 +12,11 @@ Several processes exchange what they were asked while they compute the next step
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -29,8 +30,11 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 LOOK_SECONDS = 0.5
 """The run folder is looked at no more often than this: on a mounted drive every look is a message."""
 
+HEARD = b"\nStopping: this step is finished and saved first. Once more ends at once.\n"
 ECHO_SECONDS = 2.0
 """Within this a launcher's second signal is the first one's echo."""
+PARTING_SECONDS = 2.0
+"""How much longer than the first process the others stay, so that it can say its last word and end."""
 
 
 class Requests:
@@ -42,17 +46,21 @@ class Requests:
         listening: True once the loop runs; before, a stop loses nothing and happens at once.
     """
 
-    def __init__(self, folder: Path, max_hours: float | None = None, *, launched: bool = False) -> None:
+    def __init__(
+        self, folder: Path, max_hours: float | None = None, *, launched: bool = False, speaking: bool = True
+    ) -> None:
         """Watch `folder` for the two files, and the clock from now on; None: no limit.
 
         Args:
             launched: whether a launcher passes on signals that a terminal has sent to all processes already.
+            speaking: whether this process answers a signal on stderr; of several only the first.
         """
         self.stop: str | None = None
         self.save = False
         self.listening = False
         self._folder = folder
         self._echo = ECHO_SECONDS if launched else 0.0
+        self._speaking = speaking
         self._heard = 0.0
         self._max_hours = max_hours
         self._ends = time.monotonic() + 3600 * max_hours if max_hours is not None else None
@@ -91,6 +99,10 @@ class Requests:
         if not self.listening or (self.stop is not None and now - self._heard >= self._echo):
             raise KeyboardInterrupt
         self._heard = now
+        if self._speaking and self.stop is None:
+            # keep: print is not safe in a handler, which may have interrupted a print; this is one system call.
+            with contextlib.suppress(OSError):
+                os.write(2, HEARD)
         self.stop = f"{signal.Signals(number).name} came"
 
 
@@ -124,6 +136,13 @@ class Agreement:
         self._asked = own
         self._under_way = torch.distributed.all_reduce(own, group=self._group, async_op=True)
         return stop, save
+
+
+def part(wait_for_all: Callable[[], None], *, is_main_process: bool) -> None:
+    """Stop together: a launcher ends all processes as soon as one ends with a code, and the first may be saving yet."""
+    wait_for_all()
+    if not is_main_process:
+        time.sleep(PARTING_SECONDS)
 
 
 @contextlib.contextmanager

@@ -11,17 +11,18 @@ from pathlib import Path
 import torch
 
 from finetune.adapters import AdapterFile, AdapterSet
-from finetune.adapters.files import ADAPTER_FILE
 from finetune.config import Run
-from finetune.errors import ResourceError
+from finetune.errors import ResourceError, StoppedOnRequest
 from finetune.families import Components, ModelFamily
+from finetune.run_files import ADAPTER_FILE
 from finetune.storage import disk_errors
 from finetune.tracking import Reporter
 from finetune.training import preflight, setup
 from finetune.training.lock import hold
-from finetune.training.loop import Loop, run_loop, validate
+from finetune.training.loop import Loop, run_loop, show_sheet, validate
 from finetune.training.resume import Resume
-from finetune.training.signals import Requests, requests_from_signals
+from finetune.training.signals import Requests, part, requests_from_signals
+from finetune.training.trackers import start_trackers
 from finetune.training.validation import Ratio
 
 
@@ -53,6 +54,10 @@ class TrainResult:
     adapters: AdapterSet
     is_main_process: bool
 
+    def let_go(self) -> None:
+        """Free the weights of the base and the live adapters, so that who loads the base again holds one, not two."""
+        self.components.let_go()
+
 
 def is_main_process() -> bool:
     """Whether this is the only or the first process, by the variable that every launcher sets."""
@@ -70,7 +75,9 @@ def train(run: Run, reporter: Reporter | None = None, how: Resume | None = None)
         StoppedOnRequest: after a checkpoint, when a signal, a file or the clock asked for it.
         NumericError: when a loss or gradient is not finite; checkpoints hold the last good state.
     """
-    requests = Requests(run.output_dir, run.train.max_hours, launched="WORLD_SIZE" in os.environ)
+    requests = Requests(
+        run.output_dir, run.train.max_hours, launched="WORLD_SIZE" in os.environ, speaking=is_main_process()
+    )
     # keep: of several processes only the first owns the folder; the others read it.
     owned = hold(run.output_dir) if is_main_process() else nullcontext()
     with owned, disk_errors(run.output_dir), _memory_errors(), requests_from_signals(requests):
@@ -79,11 +86,21 @@ def train(run: Run, reporter: Reporter | None = None, how: Resume | None = None)
             requests.sweep()
         preflight.check(run)
         loop = setup.prepare(run, (reporter if is_main_process() else None) or Reporter(), how or Resume())
-        if loop.sheets:
+        if loop.accelerator.is_main_process:
+            loop.trackers = start_trackers(run, loop.state.step, loop.reporter)
+        try:
+            if loop.sheets:
+                loop.sheets.forget(loop.state.step)
             with loop.adapters.disabled():
-                loop.sheets.render(0, loop.reporter, only_if_missing=True)
-        run_loop(loop, requests)
-        return _finish(loop)
+                show_sheet(loop, 0)
+            run_loop(loop, requests)
+            return _finish(loop)
+        except StoppedOnRequest:
+            loop.trackers.finish()
+            part(loop.accelerator.wait_for_everyone, is_main_process=loop.accelerator.is_main_process)
+            raise
+        finally:
+            loop.trackers.finish()
 
 
 @contextmanager
@@ -113,8 +130,7 @@ def _finish(loop: Loop) -> TrainResult:
         )
     if loop.mean:
         loop.adapters.load(loop.adapter_file(loop.mean).tensors)
-    if loop.sheets:
-        loop.sheets.render(loop.state.step, loop.reporter, only_if_missing=True)
+    show_sheet(loop, loop.state.step)
     file = loop.adapter_file(None)
     if loop.validator and loop.validation is None:
         loop.mean = None  # its values are in place now

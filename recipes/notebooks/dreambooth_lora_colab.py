@@ -11,7 +11,11 @@
 #
 # From a folder of pictures to an adapter file for ComfyUI, A1111, Forge, InvokeAI and diffusers, on a free Colab T4.
 #
-# Run the cells from top to bottom. If Colab disconnects, run them again: training goes on where it stopped.
+# First choose a GPU: *Runtime > Change runtime type > T4 GPU*. Then run the cells from top to bottom.
+#
+# **Nothing is lost.** All that is made lies on your Drive. To stop, press the stop button of the training cell: the
+# step ends and everything is saved. After that, after a disconnect or on another day, run the cells again from the top:
+# training goes on where it stopped, from the last checkpoint if Colab went away without a word.
 
 # %% [markdown]
 # ## 1. What to train
@@ -28,6 +32,7 @@ OUTPUT = "/content/drive/MyDrive/finetune/sks-dog"  # on Drive, so that a discon
 CACHE = "/content/finetune-cache"  # on Colab's own disk: fast, and made again when it is gone
 STEPS = 800
 CLASS_PICTURES = 100
+HOURS = 3.5  # stop and save by yourself before Colab's patience ends; None: no limit
 INSTALL_FROM = "/content/finetune"  # the toolkit: a folder you uploaded or cloned, or git+https://...
 
 # %% [markdown]
@@ -44,10 +49,21 @@ from pathlib import Path
 
 if importlib.util.find_spec("finetune") is None:
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", INSTALL_FROM], check=True)
-if importlib.util.find_spec("google.colab") is not None and "/drive/" in PICTURES + OUTPUT:
+IN_COLAB = "google.colab" in sys.modules
+if IN_COLAB and "/drive/" in PICTURES + OUTPUT:
     from google.colab import drive
 
     drive.mount("/content/drive")
+
+import torch
+
+from finetune.errors import ConfigError
+
+if torch.cuda.is_available():
+    gpu = torch.cuda.get_device_properties(0)
+    print(f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB")
+elif BASE != "demo":
+    raise ConfigError("This runtime has no GPU, and training would take days: Runtime > Change runtime type > T4 GPU.")
 
 # %% [markdown]
 # ## 3. Look at the pictures before paying for training
@@ -64,9 +80,28 @@ for problem in result.problems:
     print(f"{problem.severity}: {problem.file_name}: {problem.what}; {problem.remedy}")
 
 # %% [markdown]
-# ## 4. Train
+# ## 4. Watch
 #
-# The recipe with your values. Every field: `finetune show sd15-dreambooth-lora`.
+# Loss, validation, sample pictures and the time left, from here on. Elsewhere `finetune watch OUTPUT` shows this page.
+
+# %%
+import threading
+
+from finetune.live.server import serve
+
+page = serve(Path(OUTPUT), "127.0.0.1", 0)
+threading.Thread(target=page.serve_forever, daemon=True).start()
+if IN_COLAB:
+    from google.colab import output
+
+    output.serve_kernel_port_as_iframe(page.server_port, height="720")
+else:
+    print(f"http://127.0.0.1:{page.server_port}/, or .../proxy/{page.server_port}/ behind a notebook server")
+
+# %% [markdown]
+# ## 5. Train
+#
+# The recipe with your values. Every field: `!finetune show sd15-dreambooth-lora`.
 
 # %%
 from finetune import exported_rows, export_run, load_run, train
@@ -84,6 +119,8 @@ overrides = {
     "data.prior.images": CLASS_PICTURES,
     "samples.prompts": [f"a photo of {TRIGGER} {CLASS} on a beach", f"a photo of a {CLASS} on a beach"],
     "train.steps": STEPS,
+    "train.max_hours": HOURS,
+    "checkpoint.every": 50,  # what a disconnect costs at most
     "output_dir": OUTPUT,
 }
 run = load_run("sd15-dreambooth-lora", values=overrides)
@@ -91,7 +128,7 @@ reporter = ConsoleReporter()
 trained = train(run, reporter)
 
 # %% [markdown]
-# ## 5. Look: before and after, same prompts, same seeds
+# ## 6. Look: before and after, same prompts, same seeds
 
 # %%
 from IPython.display import Image, display
@@ -102,10 +139,15 @@ for sheet in sorted(Path(OUTPUT, "samples").glob("step-*.png")):
 print(f"validation loss over the base model's: {trained.validation.value:.3f} +- {trained.validation.error:.3f}")
 
 # %% [markdown]
-# ## 6. Export
+# ## 7. Export and take it home
 #
-# Each file is read back the way its readers do and compared with what was trained.
+# Each file is read back the way its readers do and compared with what was trained. They stay on your Drive; the one for
+# ComfyUI, A1111, Forge and InvokeAI comes to your computer as well.
 
 # %%
 exported = export_run(run.output_dir, run, run.output_dir / "exports", reporter)
 reporter.table("Ready to use", exported_rows(exported))
+if IN_COLAB:
+    from google.colab import files
+
+    files.download(str(exported[-1].path))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from finetune.adapters import Block, Shape, Target, Wish, attach, plan_layers
+from finetune.adapters import METHODS, Block, Shape, Target, Wish, attach, plan_layers
 
 
 class Net(nn.Module):
@@ -34,7 +34,9 @@ def inputs():
     return torch.randn(5, 8, generator=generator), torch.randn(2, 4, 6, 6, generator=generator)
 
 
-def wish(method, pattern=".*", *, rank=4, alpha=2.0, rate=1e-3, conv=None, blocks=(), **shape) -> Wish:
+def wish(method, pattern=".*", *, rank=4, alpha=None, rate=1e-3, conv=None, blocks=(), **shape) -> Wish:
+    if alpha is None:
+        alpha = 2.0 if METHODS[method].per_layer else float(rank)
     return Wish("adapter", pattern, pattern, method, Shape(rank, alpha, **shape), rate, conv, blocks)
 
 

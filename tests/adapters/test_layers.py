@@ -106,6 +106,8 @@ def test_what_rests_has_no_gradient_and_what_moves_has():
         (wish("oft", "linear", blocks=[Block("linear", rank=2)]), "oft has one size for all layers, so blocks"),
         (wish("ia3", "linear", conv=Block("", rank=2)), "ia3 has one size for all layers, so conv_rank or conv_alpha"),
         (wish("ia3", "linear", dropout=0.1), "adapter.dropout=0.1 has no meaning for ia3"),
+        (wish("oft", "linear", rank=4, alpha=2), "adapter.alpha=2 has no meaning for oft; leave it out"),
+        (wish("lora", "linear", conv=Block("", rank=2)), "conv_rank or conv_alpha is set, but none of the"),
         (wish("loha", "linear", init="pissa"), "adapter.init=pissa has no meaning for loha; it is for lora"),
         (wish("ia3", "linear", lora_plus_ratio=2.0), "adapter.lora_plus_ratio=2.0 has no meaning for ia3"),
         (wish("lora", "linear", factor=4), "adapter.lokr_factor=4 has no meaning for lora; it is for lokr"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +15,12 @@ from finetune.config import AdapterConfig, TextAdapterConfig, TokensConfig
 from finetune.errors import CheckpointError, ConfigError
 from finetune.families.text import spelled_out
 from finetune.run_files import make_run
-from finetune.sampling import adapter_applied, generate
+from finetune.sampling.apply import adapter_applied
+from finetune.sampling.generate import generate
+from finetune.tracking import read_metrics
 from finetune.training.build_adapters import build_targets, build_words
 from finetune.training.model import TrainableModel
+from finetune.training.trainer import train
 from tests.conftest import command
 from tests.test_contract import Bench
 
@@ -216,9 +221,66 @@ def test_captions_without_the_word_are_named(document, tmp_path, capsys, monkeyp
     assert "no caption holds <bot>" in command(capsys, monkeypatch, "train", path, expect=3)
 
 
+def test_every_learning_rate_is_told():
+    """Words learn ten to a hundred times faster than the adapter beside them; one number would be wrong for one."""
+    assert Learner().adapters.told_rates() == "0.001"
+    bench = Learner(adapter=AdapterConfig(rank=4, lora_plus_ratio=16), learning_rate=0.03)
+    assert bench.adapters.told_rates() == "0.001 to 0.016 for unet, 0.03 for words"
+    assert bench.adapters.rates() == {"unet": [0.001, 0.016], "words": [0.03]}
+
+
+def test_the_log_has_the_rate_of_words_beside_the_adapters(document, tmp_path):
+    """metrics.jsonl is what curves are drawn from."""
+    document |= {
+        "adapter": {"rank": 2}, "tokens": {"words": {"<bot>": "toy"}, "learning_rate": 0.03},
+        "optimizer": {"name": "adamw", "learning_rate": 1e-3, "schedule": "constant", "warmup_steps": 0},
+        "train": {"steps": 1, "batch_size": 1, "log_every": 1, "trackers": []},
+    }  # fmt: skip
+    document["data"] |= {"captions": "template", "caption_template": "a <bot>", "trigger": None}
+    train(make_run(document))
+    line = read_metrics(Path(document["output_dir"]) / "metrics.jsonl")[-1]
+    assert (line["learning_rate"], line["learning_rate/unet"], line["learning_rate/words"]) == (1e-3, 1e-3, 0.03)
+
+
 def test_the_model_with_words_is_one_module_for_ddp():
     """Every trained vector must be a parameter of the module that DDP wraps."""
     bench = Learner()
     whole = TrainableModel(bench.family, bench.parts.denoiser, bench.parts.text_encoders)
     held = {id(p) for p in whole.parameters() if p.requires_grad}
     assert held == {id(p) for p in bench.adapters.named_parameters().values()}
+
+
+def word_file(value, *, word="<bot>", vectors=1):
+    """An adapter of one learned word for the tiny SD1."""
+    file = Learner(vectors=vectors).file()
+    tensors = {"text_encoder.token_embedding.0": file.tensors["text_encoder.token_embedding.0"] + value}
+    return AdapterFile(tensors, replace(file.header, tokens=(word,)))
+
+
+def test_words_of_several_files_go_together():
+    """Each means what its own file taught it, whichever is put on first; afterwards the base is as before."""
+    plain = Bench("sd1", "", attached=False)
+    encoder, own = plain.parts.text_encoders["text_encoder"], plain.parts.tokenizers["text_encoder"]
+    one, two = word_file(1.0), word_file(2.0, word="<hill>", vectors=2)
+    with adapter_applied(plain.family, plain.parts, one), adapter_applied(plain.family, plain.parts, two):
+        ids = plain.parts.tokenizers["text_encoder"].convert_tokens_to_ids(["<bot>", "<hill>", "<hill>_1"])
+        found = encoder.get_input_embeddings()(torch.tensor(ids))
+    torch.testing.assert_close(found, torch.cat([*one.tensors.values(), *two.tensors.values()]))
+    assert plain.parts.tokenizers["text_encoder"] is own
+    assert type(encoder.get_input_embeddings()) is torch.nn.Embedding
+
+
+def test_the_same_word_twice_is_taken_once_or_refused():
+    """A run's own file and its half precision export hold one word; two meanings of a word cannot both be drawn."""
+    plain = Bench("sd1", "", attached=False)
+    first, rounded = word_file(1.0), word_file(1.0)
+    rounded.tensors = {name: tensor.half().float() for name, tensor in rounded.tensors.items()}
+    with adapter_applied(plain.family, plain.parts, first):
+        knowing = len(plain.parts.tokenizers["text_encoder"])
+        with adapter_applied(plain.family, plain.parts, rounded):
+            assert len(plain.parts.tokenizers["text_encoder"]) == knowing
+        for other in (word_file(1.5), word_file(1.0, vectors=2)):
+            with pytest.raises(CheckpointError, match="<bot> means one thing in one adapter and another in the next"), (
+                adapter_applied(plain.family, plain.parts, other)
+            ):
+                pass

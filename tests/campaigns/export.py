@@ -49,7 +49,8 @@ def trained(family: ModelFamily, components: Components, method: str) -> Adapter
         preset = METHODS[method].targets
         pattern = family.targets(preset, "denoiser" if denoiser else component, module)
         pattern = ".*" if pattern == "everything" else pattern
-        wish = Wish("adapter", preset, pattern, method, Shape(4, 3.0), 1e-3)
+        alpha = 3.0 if METHODS[method].per_layer else 4.0
+        wish = Wish("adapter", preset, pattern, method, Shape(4, alpha), 1e-3)
         layers, problems = plan_layers(wish, component, module, disk_name)
         assert not problems, problems
         targets.append(Target(component, module, method, wish.shape, layers, disk_name))

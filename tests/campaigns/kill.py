@@ -1,6 +1,7 @@
 """Kill a training again and again; what comes out must be, byte for byte, what comes out of one that was never killed.
 
-    python -m tests.campaigns.kill --runs 100          kills until 100 runs have survived; prints one line per run
+    python -m tests.campaigns.kill --runs 100          kills until 100 runs have survived; prints one line per run,
+                                                       and at the end, at Ctrl-C or SIGTERM, the sums
 
 Every run trains a tiny Stable Diffusion by the public `finetune.train`, each start in a forked process. One half of
 the kills come at random times, the other half ahead of a random system call that changes the disk, within a save or
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,10 +160,15 @@ class Campaign:
                 code = 0
             finally:
                 os._exit(code)
-        if kill and at_call is None:
-            time.sleep(self._draw.uniform(0.25, 0.95) * self._seconds)
+        try:
+            if kill and at_call is None:
+                time.sleep(self._draw.uniform(0.25, 0.95) * self._seconds)
+                os.kill(pid, signal.SIGKILL)
+            return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        except KeyboardInterrupt:
             os.kill(pid, signal.SIGKILL)
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            os.waitpid(pid, 0)
+            raise
 
 
 def _die(number: int, at: int, name: str, args: tuple[Any, ...]) -> None:
@@ -210,14 +217,16 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=40, help="runs to bring to their end")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    timed = in_calls = bad = 0
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell has begun it in the background
+        signal.signal(number, signal.default_int_handler)
+    number = timed = in_calls = bad = 0
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as scratch:
+    with suppress(KeyboardInterrupt), tempfile.TemporaryDirectory() as scratch:
         for number, outcome in enumerate(outcomes(Path(scratch), options.runs, options.seed), 1):
             timed, in_calls, bad = timed + outcome.timed, in_calls + outcome.in_calls, bad + bool(outcome.differing)
             print(f"{number:4d}  {outcome}", flush=True)
     print(
-        f"{options.runs} runs, {timed + in_calls} kills ({timed} at random times, {in_calls} ahead of a disk call), "
+        f"{number} runs, {timed + in_calls} kills ({timed} at random times, {in_calls} ahead of a disk call), "
         f"{bad} runs that differ, {time.perf_counter() - started:.0f} s"
     )
     return int(bad > 0)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from finetune.data import cache as cache_module
-from finetune.data.cache import LatentCache, MaskCache, TextCache
+from finetune.data.cache import Filling, LatentCache, MaskCache, TextCache
 from finetune.data.dataset import Reading, load_pictures
 from finetune.data.views import Augment, View, every_view, plain
 from finetune.errors import DataError, NumericError, ResourceError, StorageError
@@ -212,6 +212,17 @@ def test_a_mask_is_averaged_over_each_latent(masked, tmp_path):
     assert torch.allclose(masks.get(plain(picture))[0, 0], torch.tensor([1.0, 1, 1, 1, 0.5, 0, 0, 0]))
 
 
+def test_transparent_places_of_a_mask_do_not_count(masked, tmp_path):
+    """Painting programs save a mask as white strokes on nothing; the loss would be taken everywhere."""
+    strokes = np.zeros((64, 64, 4), dtype=np.uint8)
+    strokes[:, :32] = 255
+    Image.fromarray(strokes).save(masked / "masks" / "0.png")
+    view = plain(next(p for p in pictures_in(masked) if p.key == "instance/0.png"))
+    masks = MaskCache(tmp_path / "cache", stride=8)
+    masks.prepare([view], TWO_AT_ONCE)
+    assert torch.equal(masks.get(view)[0, 0], torch.tensor([1.0, 1, 1, 1, 0, 0, 0, 0]))
+
+
 def test_transparency_can_be_the_mask(folder, tmp_path):
     """Cut-outs carry their mask with them; a turned cut-out's mask is turned as well."""
     colours = Image.open(folder / "2.png").convert("RGBA")
@@ -257,3 +268,14 @@ def test_a_view_without_a_mask_counts_everywhere(folder, tmp_path):
     view: View = plain(pictures_in(folder)[2])
     height, width = view.placement.bucket
     assert torch.equal(MaskCache(tmp_path, stride=8).get(view), torch.ones(1, height // 8, width // 8))
+
+
+def test_progress_ends_at_all_even_if_nothing_is_left_to_do(folder, tmp_path):
+    """A bar that stays at zero looks like a run that is stuck."""
+    pictures = pictures_in(folder)
+    views = [plain(picture) for picture in pictures]
+    for _ in range(2):
+        told = []
+        latents = LatentCache(tmp_path / "cache", "vae", CUT.background)
+        latents.prepare(views, Encoder(), Filling(2, progress=lambda *place, told=told: told.append(place)))
+        assert told[-1] == (len(views), len(views))

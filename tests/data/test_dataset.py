@@ -13,7 +13,8 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from data_tools.errors import DataToolsError
 from finetune.data.captions import CaptionRules
-from finetune.data.dataset import Reading, check_folder, check_trigger, dataset_changes, fingerprint, load_pictures
+from finetune.data.dataset import Reading, check_trigger, dataset_changes, fingerprint, load_pictures
+from finetune.data.folder import check_folder
 from finetune.data.split import groups, overlap, split_holdout
 from finetune.errors import ConfigError, DataError
 from tests.data.conftest import CUT, pictures_in

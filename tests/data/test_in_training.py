@@ -67,7 +67,7 @@ def test_everything_at_once_trains_resumes_and_is_told(everything, tmp_path):
     assert "2 versions of each picture" in listener.rows["Pictures vary"]
     assert "up to 3 texts per caption" in listener.rows["Captions vary"]
     assert listener.rows["Masks"] == "1 of 5 pictures; outside counts 0.1"
-    assert listener.rows["Class"] == "1 pictures, weight 1"
+    assert listener.rows["Class"] == "1 picture, weight 1"
     assert any("no mask for" in line for line in listener.warned)
     assert any("nearly the same" in line for line in listener.warned), "the validation pictures are the training ones"
     assert whole.judged_on.startswith("2 held-out")

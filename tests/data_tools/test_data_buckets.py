@@ -8,14 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from data_tools.buckets import (
     PRESETS,
     around,
     assign,
     centred,
-    cut,
     make_buckets,
     move,
     place,
@@ -165,35 +163,6 @@ def test_pictures_below_one_step_are_refused_all_by_name():
     assert "b.png" not in str(caught.value)
     with pytest.raises(UsageError, match="no buckets"):
         assign(10, 10, [])
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(8, 400), st.integers(8, 400), st.booleans())
-def test_cut_gives_exactly_the_bucket(width, height, upscale):
-    """A batch stacks only if every picture has the very size of its bucket."""
-    placement = assign(width, height, make_buckets(64, 8), upscale=upscale)
-    image = cut(Image.new("RGB", (width, height), (200, 30, 60)), placement)
-    assert image.size == (placement.bucket[1], placement.bucket[0])
-    assert np.abs(np.asarray(image).astype(int) - (200, 30, 60)).max() <= 1
-
-
-@pytest.mark.parametrize("size", [(300, 200), (200, 300), (1500, 1000), (97, 301), (64, 64)])
-def test_cut_equals_resize_then_crop(size, draw):
-    """The short way (resize only the box) must show the same picture as the one that is documented."""
-    image, placement = draw(*size), assign(*size, make_buckets(64, 8))
-    (tall, wide), (top, left) = placement.bucket, placement.crop_top_left
-    long_way = image.resize(placement.resize[::-1], Image.Resampling.LANCZOS).crop(
-        (left, top, left + wide, top + tall)
-    )
-    assert np.abs(np.asarray(cut(image, placement)).astype(int) - np.asarray(long_way)).max() <= 6
-
-
-def test_cut_refuses_a_picture_of_another_shape():
-    """A placement made before the rotation would squeeze the picture in silence."""
-    with pytest.raises(ValueError, match="200 x 100"):
-        cut(Image.new("RGB", (100, 200)), assign(200, 100, make_buckets(64, 8)))
-    extreme = assign(1, 3000, make_buckets(64, 8), upscale=True)
-    assert cut(Image.new("RGB", (1, 3000)), extreme).size == extreme.bucket[::-1]
 
 
 def test_the_published_list_is_a_preset():

@@ -94,7 +94,7 @@ def test_wording_is_applied_and_hand_written_captions_stay(run, models, photos):
     tagger = ("--captions", "wd_tagger", "--model", models["wd_tagger"], "--general", "0.01", "--character", "1")
     words = ("--trigger", "sks", "--without", "1girl", "--reword", "long hair=mane", "--suffix", ", photo")
     result = run("caption", photos, *tagger, *words, "--write")
-    assert result.returncode == 0 and "1 pictures have a caption file" in flat(result.stdout)
+    assert result.returncode == 0 and "1 picture has a caption file already" in flat(result.stdout)
     found = texts(photos)
     assert found.pop("2.txt") == "by hand\n" and found["0.txt"] == "sks, ^_^, mane, red, photo\n"
     run("caption", photos, *tagger, "--write", "--replace")

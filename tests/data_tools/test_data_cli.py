@@ -110,7 +110,7 @@ def test_scan_with_errors_exits_3_lists_all_and_writes_nothing(run, tmp_path, sa
         (("scan", ".", "--background", "blurple"), "no colour"),
         (("caption", "."), "choose one of"),
         (("bucket", ".", "--resolution", "32"), "resolution=32"),
-        (("scan",), "folder"),
+        (("scan",), "FOLDER"),
         (("scan", ".", "--workers", "0"), "--workers"),
     ],
 )

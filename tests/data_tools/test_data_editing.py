@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from data_tools import editing
 from data_tools.editing import Edit, parse_pattern
 from data_tools.errors import UsageError
 from data_tools.scan import scan
@@ -74,6 +75,28 @@ def test_the_diff_comes_first_and_undo_gives_the_bytes_back(run, photos):
     assert run("edit", photos, "--undo", "--write").returncode == 0 and texts(photos) == once
     assert run("edit", photos, "--undo", "--write").returncode == 0 and texts(photos) == before
     assert run("edit", photos, "--undo", "--write").returncode == 2
+
+
+def test_an_edit_that_was_stopped_goes_on_and_is_taken_back_whole(run, photos, monkeypatch):
+    """Ctrl-C between two of five thousand files must leave each of them whole, and the way back open."""
+    before, written, whole = texts(photos), [], editing.write_atomic
+
+    def write(path, data):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path)
+        whole(path, data)
+
+    options = ("edit", photos, "--remove", "red hair", "--write")
+    monkeypatch.setattr(editing, "write_atomic", write)
+    stopped = run(*options)
+    assert stopped.returncode == 130 and "Stopped. What was done is whole" in stopped.stderr
+    monkeypatch.setattr(editing, "write_atomic", whole)
+    assert "Wrote 2 files" in run(*options).stdout, "one was written before, and the journal of the edit before that"
+    assert not any(b"ed hair" in data or b"ed Hair" in data for data in texts(photos).values())
+    for _ in range(2):
+        assert run("edit", photos, "--undo", "--write").returncode == 0
+    assert texts(photos) == before
 
 
 def test_the_manifest_is_edited_too_and_its_other_columns_stay(run, photos):

@@ -10,12 +10,30 @@ import torch
 from PIL import Image
 from transformers import (
     AutoTokenizer,
+    BertConfig,
+    BertTokenizer,
     CLIPSegConfig,
     CLIPSegForImageSegmentation,
+    DetrConfig,
+    DetrForObjectDetection,
+    DetrImageProcessorPil,
+    GroundingDinoConfig,
+    GroundingDinoForObjectDetection,
+    GroundingDinoImageProcessorPil,
+    GroundingDinoProcessor,
+    Owlv2Config,
+    Owlv2ForObjectDetection,
+    Owlv2ImageProcessorPil,
+    Owlv2Processor,
+    ResNetConfig,
     SegformerConfig,
     SegformerForSemanticSegmentation,
     SegformerImageProcessorPil,
+    SwinConfig,
     ViTImageProcessorPil,
+    YolosConfig,
+    YolosForObjectDetection,
+    YolosImageProcessorPil,
 )
 
 from data_tools.clean import Options, examine, write
@@ -26,7 +44,7 @@ from data_tools.masking import Looking, make, plan
 from data_tools.models import Source
 from data_tools.processes import ALONE, Share
 from data_tools.scan import scan
-from data_tools.segmenters import load
+from data_tools.segmenters import _drawn, load
 from tests.conftest import ROOT
 from tests.data_tools.test_data_cli import flat, run
 
@@ -83,6 +101,61 @@ def segformer(tmp_path_factory) -> Path:
     return folder
 
 
+LABELS = {0: "Person", 1: "face", 2: "car"}
+SHAPE = {"shortest_edge": 64, "longest_edge": 96}
+
+
+def yolos(folder: Path) -> None:
+    """A detector with labels that sees the picture as patches."""
+    config = YolosConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=[64, 96],
+        num_detection_tokens=5, id2label=LABELS, label2id={name: number for number, name in LABELS.items()},
+    )  # fmt: skip
+    YolosForObjectDetection(config).save_pretrained(folder)
+    YolosImageProcessorPil(size=SHAPE).save_pretrained(folder)
+
+
+def detr(folder: Path) -> None:
+    """A detector with labels over a convolutional network."""
+    tiny = {f"{part}_{what}": 1 for part in ("encoder", "decoder") for what in ("layers", "attention_heads", "ffn_dim")}
+    config = DetrConfig(
+        backbone_config=ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], out_features=["stage1"]),
+        use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, d_model=16, num_queries=5, **tiny,
+        id2label=LABELS, label2id={name: number for number, name in LABELS.items()},
+    )  # fmt: skip
+    DetrForObjectDetection(config).save_pretrained(folder)
+    DetrImageProcessorPil(size=SHAPE).save_pretrained(folder)
+
+
+def owlv2(folder: Path) -> None:
+    """A detector that is told in words and sees the picture padded to a square."""
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "finetune/demo/base/tokenizer")
+    tiny = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = tiny | {"vocab_size": len(tokenizer), "max_position_embeddings": 32}
+    text |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    vision = tiny | {"image_size": 32, "patch_size": 8}
+    config = Owlv2Config(text_config=text, vision_config=vision, projection_dim=16)
+    Owlv2ForObjectDetection(config).save_pretrained(folder)
+    Owlv2Processor(Owlv2ImageProcessorPil(size={"height": 32, "width": 32}), tokenizer).save_pretrained(folder)
+
+
+def grounding(folder: Path) -> None:
+    """A detector that is told in words, all in one sentence."""
+    words = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", ".", "a", "face", "person")
+    tiny = {f"{part}_{what}": 2 for part in ("encoder", "decoder") for what in ("attention_heads", "ffn_dim")}
+    language = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = GroundingDinoConfig(
+        backbone_config=SwinConfig(
+            embed_dim=8, depths=[1, 1], num_heads=[1, 1], window_size=4, out_features=["stage1", "stage2"]
+        ),
+        text_config=BertConfig(vocab_size=len(words), **language), d_model=32, num_queries=5, num_feature_levels=2,
+        max_text_len=16, encoder_layers=1, decoder_layers=2, **tiny,
+    )  # fmt: skip
+    GroundingDinoForObjectDetection(config).save_pretrained(folder)
+    tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(words)})
+    GroundingDinoProcessor(GroundingDinoImageProcessorPil(size=SHAPE), tokenizer).save_pretrained(folder)
+
+
 def red(pictures):
     """A model of known answer: as likely as it is red, at a quarter of the size."""
     small = [np.asarray(picture.reduce(4), np.float32) for picture in pictures]
@@ -120,8 +193,9 @@ def test_growing_widens_by_a_share_of_the_picture(photos):
 def test_clipseg_is_asked_for_each_text_and_any_of_them_counts(clipseg, photos):
     """Against the model called directly, alone or in a batch, whatever the number of texts."""
     pictures = [Image.open(photos / name).convert("RGB") for name in ("a.png", "b.jpg")]
-    both = load(Source(str(clipseg)), ["a dog", "a very long red box"], None)(pictures)
-    alone = [load(Source(str(clipseg)), [text], None)(pictures[:1])[0] for text in ("a dog", "a very long red box")]
+    both = load(Source(str(clipseg)), ["a dog", "a very long red box"], None).find(pictures)
+    texts = ("a dog", "a very long red box")
+    alone = [load(Source(str(clipseg)), [text], None).find(pictures[:1])[0] for text in texts]
     assert both[0] == pytest.approx(np.maximum(*alone), abs=1e-5) and not np.allclose(*alone)
     model = CLIPSegForImageSegmentation.from_pretrained(clipseg).eval()
     pixels = ViTImageProcessorPil.from_pretrained(clipseg)(images=pictures[:1], return_tensors="pt")
@@ -135,10 +209,42 @@ def test_a_model_with_labels_adds_up_those_wanted(segformer, photos):
     """A dog in one model is Dog in the next; all labels together are everywhere."""
     pictures = [Image.open(photos / name).convert("RGB") for name in ("a.png", "b.jpg")]
     source = Source(str(segformer))
-    (everything, _), (dog, _) = (load(source, labels, None)(pictures) for labels in (["wall", "dog", "sky"], ["DOG"]))
+    wanted = (["wall", "dog", "sky"], ["DOG"])
+    (everything, _), (dog, _) = (load(source, names, None).find(pictures) for names in wanted)
     assert everything == pytest.approx(1, abs=1e-5) and dog.ndim == 2 and 0 < dog.mean() < 1
     with pytest.raises(UsageError, match=r"no label 'cat'; it has dog, sky, wall\. A CLIPSeg"):
         load(source, ["cat", "dog"], None)
+
+
+@pytest.mark.parametrize("build", [yolos, detr, owlv2, grounding])
+def test_the_boxes_of_a_detector_become_masks(build, tmp_path, photos):
+    """Each box of what is wanted as likely as it is, and nowhere else; alone or with others in a batch."""
+    torch.manual_seed(0)
+    build(tmp_path)
+    pictures = [Image.open(photos / name).convert("RGB") for name in ("a.png", "b.jpg")]
+    pictures.append(pictures[0].rotate(90, expand=True))
+    source = Source(str(tmp_path))
+    finder = load(source, ["a face", "a person"] if build in (owlv2, grounding) else ["FACE", "person", "car"], None)
+    found = finder.find(pictures)
+    assert [chances.shape for chances in found] == [(154, 256), (154, 256), (256, 154)]
+    assert all(0 < chances.max() <= 1 and len(np.unique(chances)) <= 17 for chances in found), "boxes, not shades"
+    assert np.array_equal(found[2], finder.find(pictures[2:])[0])
+    if build in (yolos, detr):
+        only = [load(source, [label], None).find(pictures)[0] for label in LABELS.values()]
+        assert np.array_equal(found[0], np.maximum.reduce(only)) and finder.threshold == 0.5
+        with pytest.raises(UsageError, match="no label 'dog'; it has car, face, person"):
+            load(source, ["dog"], None)
+
+
+def test_a_box_is_drawn_where_it_is():
+    """Against pixels: a box in the picture's own measure, cut off at its edges; of two boxes the likelier counts."""
+    boxes = torch.tensor([[90.0, 40.0, 150.0, 80.0], [-20.0, 70.0, 100.0, 300.0], [300.0, 0.0, 400.0, 9.0]])
+    drawn = _drawn((200, 120), boxes, torch.tensor([0.9, 0.4, 0.8]))
+    big = np.asarray(Image.fromarray(drawn).resize((200, 120)))
+    expected = np.zeros((120, 200), np.float32)
+    expected[70:, :100] = 0.4
+    expected[SUBJECT] = 0.9
+    assert np.mean(np.abs(big - expected) > 0.1) < 0.02
 
 
 def test_a_model_that_cannot_be_used_is_told(segformer, clipseg, tmp_path):
@@ -165,7 +271,7 @@ def test_the_command_previews_writes_and_keeps_what_is_painted(run, photos, clip
     Image.new("L", (200, 120), 255).save(photos / "masks/b.png")
     painted = (photos / "masks/b.png").read_bytes()
     said = run(*options, "--write")
-    assert said.returncode == 0 and "Wrote 2 masks" in said.stdout and "1 pictures have a mask" in said.stdout
+    assert said.returncode == 0 and "Wrote 2 masks" in said.stdout and "1 picture has a mask already" in said.stdout
     assert (photos / "masks/b.png").read_bytes() == painted and (photos / "masks/inner/c.png").exists()
     assert "there is nothing to do" in run(*options, "--write").stdout
     assert "Wrote 3 masks" in run(*options, "--write", "--replace").stdout
@@ -182,7 +288,9 @@ def test_transparency_becomes_a_mask_and_opaque_pictures_are_named(run, photos):
     Image.fromarray(pixels).save(photos / "cut out.png", exif=exif)
     (photos / "cut out.txt").write_text("x")
     said = run("mask", photos, "--alpha", "--write")
-    assert said.returncode == 3 and "a.png, b.jpg, inner/c.webp (3 files): is opaque everywhere" in flat(said.stderr)
+    assert said.returncode == 0 and "a.png, b.jpg, inner/c.webp (3 files): is opaque everywhere" in flat(said.stdout)
+    again = run("mask", photos, "--alpha", "--write")
+    assert again.returncode == 0 and "Wrote 0 masks" in again.stdout and "1 picture has a mask already" in again.stdout
     mask = np.asarray(Image.open(photos / "masks/cut out.png"))
     assert mask.shape == (80, 60) and (mask == mask[:, :1]).all() and mask[0, 0] == 0 and mask[-1, 0] == 255
     assert not [p for p in scan(photos).of("error") if "mask" in str(p)]

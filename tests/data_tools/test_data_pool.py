@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_tools import inspection, masking
-from data_tools.captioners import vision
+from data_tools import images, inspection, masking
 from data_tools.errors import RefusedError
 from data_tools.pool import FORKS, count_of, in_threads, in_workers
 from data_tools.scan import scan
@@ -139,7 +138,7 @@ def test_captions_and_masks_survive_a_crash(run, tmp_path, monkeypatch, command)
     if command == "caption":
         (tmp_path / "model").mkdir()
         tiny_captioners.wd_tagger(tmp_path / "model")
-        module, options = vision, ["--captions", "wd_tagger", "--model", tmp_path / "model"]
+        module, options = images, ["--captions", "wd_tagger", "--model", tmp_path / "model"]
     pixels = np.zeros((64, 64, 4), np.uint8)
     for name in ("a.png", "b.png", "c.png"):
         pixels[10:30, 10:30] = ord(name[0])
@@ -147,8 +146,8 @@ def test_captions_and_masks_survive_a_crash(run, tmp_path, monkeypatch, command)
         Image.fromarray(pixels).save(tmp_path / "set" / name)
     whole, deadly = module.decode, (tmp_path / "set/b.png").read_bytes()
 
-    def decode(data: bytes, background):
-        return ctypes.string_at(0) if data == deadly else whole(data, background)
+    def decode(data: bytes, *background):
+        return ctypes.string_at(0) if data == deadly else whole(data, *background)
 
     monkeypatch.setattr(module, "decode", decode)
     result = run(command, tmp_path / "set", *options)

@@ -95,7 +95,7 @@ def test_the_page_shows_every_picture_crop_copy_and_problem(faulty):
     assert len(page.all("span", **{"class": "crop"})) == len(FAULTS)
     assert all(src["src"].startswith("data:image/webp;base64,") for src in page.all("img"))
     words = " ".join(page.text)
-    assert "broken.png: is not a picture we can decode" in words and "limit 6" in words
+    assert "broken.png" in words and "is not a picture we can decode" in words and "limit 6" in words
     bits = facts["clusters"][0]["copies"][2]["bits"]
     assert facts["clusters"] == [
         {"kept": "copy.png", "copies": [
@@ -256,8 +256,12 @@ def test_the_command_writes_page_and_json_and_tells_ci(run, tmp_path, faulty, mo
     again = run("report", good, "--resolution", 512, "-o", good / "report.html", "--strict")
     assert inside.returncode == again.returncode == 0 and (good / "report.html").read_bytes() == first
     broken = run("report", faulty, "--resolution", 512, "-o", tmp_path / "bad.html", "--json")
-    assert broken.returncode == 3 and "1 errors" in broken.stderr and (tmp_path / "bad.html").exists()
+    assert broken.returncode == 3 and "not ready: 1 error;" in broken.stderr and (tmp_path / "bad.html").exists()
     assert json.loads(broken.stdout)["summary"]["errors"] == 1
+    (good / "good.txt").write_text("a very long caption " * 20)
+    cut = run("report", good, "--resolution", 512, "--tokenizer", "demo", "--strict")
+    assert cut.returncode == 3 and "1 caption longer than is read" in cut.stderr, "words without effect deserve a look"
+    assert "1 caption is longer than a text encoder reads" in (tmp_path / "report.html").read_text()
     (good / "flat.png").write_bytes((faulty / "flat.png").read_bytes())
     (good / "flat.txt").write_text("nothing")
     assert run("report", good).returncode == 0 and run("report", good, "--strict").returncode == 3

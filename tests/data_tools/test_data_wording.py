@@ -29,6 +29,7 @@ EXACT = next(iter(load_tokenizers(str(BASE)).values()))
         (Wording(without=("red",)), "a Red dog, red, in redwood", "a dog, in redwood"),
         (Wording(without=("long hair", "1girl")), "1girl, long  hair, smile", "smile"),
         (Wording(without=("dog",)), "dog", ""),
+        (Wording(without=("red", "red  hair")), "a woman, red hair, red dress", "a woman, dress"),
         (Wording(rewords=(("dog", r"sks \1 dog"),)), "a dog. Dogs", r"a sks \1 dog. Dogs"),
         (Wording(rewords=(("dog", "cat"),), without=("cat",)), "a dog, here", "a, here"),
         (Wording(trigger="sks dog"), "on grass", "sks dog, on grass"),
@@ -96,7 +97,7 @@ def test_tokens_command_shows_what_falls_off(run, tmp_path, save):
     rough = run("tokens", tmp_path)
     assert rough.returncode == 0 and "A lower bound" in rough.stdout and "THE END" in flat(rough.stdout)
     exact = run("tokens", tmp_path, "--tokenizer", "demo", "--strict")
-    assert exact.returncode == 3 and "A lower bound" not in exact.stdout and "1 captions are cut" in exact.stderr
+    assert exact.returncode == 3 and "A lower bound" not in exact.stdout and "1 caption is cut" in exact.stderr
     document = json.loads(run("tokens", tmp_path, "--tokenizer", BASE, "--json").stdout)
     assert document["exact"] and [bool(each["lost"]) for each in document["captions"]] == [True, False]
     assert run("tokens", tmp_path, "--tokenizer", "./nowhere").returncode == 2

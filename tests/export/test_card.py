@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -49,6 +50,27 @@ def test_says_how_to_use_it_everywhere(tmp_path):
     assert "<lora:sks-toy:1>" in text
     assert "| subject fidelity | 0.83 |" in text
     assert "a\\|b" in text
+
+
+def test_learned_words_are_loaded_before_they_are_prompted(tmp_path):
+    """A prompt with a word that the pipeline was never taught draws plain characters."""
+    words, whole = {"<toy>": "toy.safetensors"}, {"merged_folder": "merged", "single_file": "toy-merged.safetensors"}
+    rows = [("learning rate", "0.0001 for unet, 0.03 for words"), ("Words", "<toy> (1 from 'toy')")]
+    card = replace(CARD, trigger_words=("<toy>",), gallery=(), words=words, training=rows, **whole)
+    text = write_card(tmp_path, card).read_text()
+    snippet = text.split("```python\n")[1].split("```")[0]
+    compile(snippet, "card", "exec")
+    teach, ask = 'load_textual_inversion("embeddings/toy.safetensors", token="<toy>")', 'pipeline("a photo of <toy>")'
+    assert snippet.index("load_lora_weights") < snippet.index(teach) < snippet.index(ask)
+    assert "| Words | \\<toy> (1 from 'toy') |" in text, "Markdown takes <toy> for HTML"
+    assert 'from_pretrained("merged")' in text and "`toy-merged.safetensors`" in text
+    alone = replace(card, words_alone=True, diffusers_file="", kohya_file="", encoders={"clip_g": "text_encoder_2"})
+    text = write_card(tmp_path, alone).read_text()
+    assert front_matter(text)["tags"][:3] == ["textual_inversion", "diffusers", "text-to-image"]
+    snippet = text.split("```python\n")[1].split("```")[0]
+    compile(snippet, "card", "exec")
+    assert 'load_file("embeddings/toy.safetensors")["clip_g"]' in snippet and "tokenizer_2" in snippet
+    assert "load_lora_weights" not in snippet and "lora" not in front_matter(text)["tags"]
 
 
 def test_base_that_is_no_hub_id_is_not_claimed_to_be_one(tmp_path):

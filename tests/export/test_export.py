@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 import re
@@ -20,7 +21,8 @@ from finetune.errors import CheckpointError, ConfigError, StorageError
 from finetune.export import FORMATS, ExportError, Papers, export
 from finetune.export.verify import outputs
 from finetune.families.text import installed_name
-from finetune.sampling import adapter_applied, build_pipeline
+from finetune.sampling.apply import adapter_applied
+from finetune.sampling.generate import build_pipeline
 from finetune.storage import read_safetensors, write_safetensors
 from tests.tiny import random_adapter
 
@@ -125,19 +127,27 @@ def test_half_precision_files(base, adapter, tmp_path, dtype):
         assert 1e-5 < max(check.weights_relative for check in done.verification) < 5e-3
 
 
-def test_half_precision_base(base, adapter, tmp_path):
-    """On a GPU the base is held in bf16; the file must still carry the fp32 adapter."""
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_base_in_half_precision_is_its_fp32_copy_to_the_bit(base, adapter, tmp_path, dtype):
+    """Export holds the base as it is stored, in half the memory; files and figures must not know."""
     family, components = base
-    narrow = dataclasses.replace(
-        components,
-        denoiser=diffusers.UNet2DConditionModel.from_config(components.denoiser.config).to(torch.bfloat16),
+    networks = [components.denoiser, *components.text_encoders.values()]
+    narrow, copied = (
+        dataclasses.replace(
+            components, denoiser=made[0], text_encoders={"text_encoder": made[1]}, vae=copy.deepcopy(components.vae)
+        )
+        for made in ([copy.deepcopy(network).to(dtype) for network in networks] for _ in range(2))
     )
-    narrow.denoiser.load_state_dict(components.denoiser.state_dict())
-    narrow.denoiser.to(torch.bfloat16)
-    (done,) = export(adapter, family, narrow, tmp_path / "a", name="toy", formats=["kohya"])
-    export(adapter, family, components, tmp_path / "b", name="toy", formats=["kohya"])
+    for network in (copied.denoiser, *copied.text_encoders.values()):
+        network.float()
+    ours, theirs = outputs(family, narrow), outputs(family, copied)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    for done in export(adapter, family, narrow, tmp_path / "a", name="toy", formats=ALL):
+        assert max(check.weights_relative for check in done.verification) < 1e-5
+        assert max(check.outputs_relative for check in done.verification) < 1e-5
+    export(adapter, family, copied, tmp_path / "b", name="toy", formats=ALL, keep_base=False)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
-    assert done.verification[0].weights_relative < 1e-5
+    assert copied.denoiser.device.type == "meta", "whole models were read back without the base in memory"
 
 
 def test_weak_adapter_survives_fp16(base, tmp_path):
@@ -165,9 +175,11 @@ def test_same_bytes_twice_and_in_another_process(base, base_folder, adapter, tmp
         "name='toy', formats=[n for n in sorted(FORMATS) if n != 'embeddings'])"
     )
     root = str(Path(package.__file__).parent.parent.parent)
-    environment = {**os.environ, "PYTHONHASHSEED": "17", "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    elsewhere = {"PYTHONHASHSEED": "17", "OMP_NUM_THREADS": "2", "LC_ALL": "C", "TZ": "Asia/Kathmandu"}
+    environment = {**os.environ, "PYTHONPATH": root, **elsewhere}
     arguments = [str(tmp_path / "adapter.safetensors"), str(base_folder), str(tmp_path / "c")]
-    subprocess.run([sys.executable, "-c", code, *arguments], check=True, env=environment, capture_output=True)
+    command = [sys.executable, "-c", code, *arguments]
+    subprocess.run(command, check=True, env=environment, capture_output=True, umask=0o077)
     assert contents(tmp_path / "a") == contents(tmp_path / "b") == contents(tmp_path / "c")
 
 
@@ -248,7 +260,8 @@ def test_failed_verification_leaves_no_file(base, adapter, tmp_path, monkeypatch
     assert contents(tmp_path) == good
     with pytest.raises(ExportError):
         export(adapter, *base, tmp_path / "new", name="toy", formats=["diffusers", "kohya", name])
-    assert not contents(tmp_path / "new")
+    others = {"diffusers", "kohya"} - {name}
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {FORMATS[other].target("toy") for other in others}
 
 
 def test_text_encoder_layers_diffusers_would_drop_are_refused(base, adapter, tmp_path):

@@ -10,9 +10,12 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from finetune.adapters.files import TOKENS
+from finetune.config import ModelConfig
 from finetune.export import ExportError, Papers, export
 from finetune.export.job import Job
 from finetune.export.merged import without_words
+from finetune.families import denoiser_config, load_family
+from finetune.interchange.inspection import inspect_file
 from finetune.storage import read_safetensors
 from tests.tiny import random_adapter
 
@@ -89,6 +92,16 @@ def test_scheduler_with_infinite_settings_survives(base, adapter, tmp_path):
     loaded = StableDiffusionPipeline.from_pretrained(tmp_path / "merged")
     assert type(loaded.scheduler).__name__ == "DPMSolverMultistepScheduler"
     assert loaded.scheduler.config.beta_schedule == "scaled_linear"
+
+
+def test_a_single_file_of_the_embedded_base_is_a_base_again(tmp_path):
+    """Its size is nobody else's; its papers say where its shapes stand, so nothing has to be set to draw with it."""
+    demo = load_family("demo")
+    (done,) = export(weak(demo), *demo, tmp_path, name="toy", formats=["single-file"], force=True)
+    family, parts = load_family(str(done.path))
+    assert family.name == demo[0].name and parts.denoiser.config.in_channels == demo[1].denoiser.config.in_channels
+    assert denoiser_config(ModelConfig(base=str(done.path)))["in_channels"] == parts.denoiser.config.in_channels
+    assert "Stable Diffusion 1.x, it says" in inspect_file(done.path, norms=False).base
 
 
 def test_a_table_of_tokens_that_was_trained_whole_is_no_learned_word(base):

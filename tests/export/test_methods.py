@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from finetune.adapters.files import TOKENS
+from finetune.adapters.files import TOKENS, AdapterFile
 from finetune.export import ExportError, Papers, export
 from finetune.families import load_family
 from finetune.interchange.reading import read_adapter
@@ -111,6 +111,16 @@ def test_learned_words_go_beside_adapters_and_into_folders(base, tmp_path):
     assert torch.equal(table[ids[0]], tensors["emb_params"][0])
     found = read_adapter(tmp_path / "toy.safetensors", tmp_path / "merged").tokens["<robot>"]
     assert torch.equal(found["text_encoder"], tensors["emb_params"]), "the adapter file says where its words lie"
+
+
+def test_a_format_that_words_alone_leave_empty_is_told_of(base, tmp_path):
+    """Asked for a kohya file, a folder of embeddings alone looks like a mistake."""
+    file = words(base)
+    alone = {name: tensor for name, tensor in file.tensors.items() if TOKENS in name}
+    header = dataclasses.replace(file.header, method={}, rank={}, alpha={})
+    (done,) = export(AdapterFile(alone, header), *base, tmp_path, name="toy", formats=["kohya"])
+    assert done.format == "embeddings"
+    assert any("nothing to write as kohya" in note for note in done.notes)
 
 
 @pytest.mark.parametrize(("detail", "there"), [("minimal", False), ("public", False), ("full", True)])

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from finetune.errors import ConfigError
 from finetune.export import ExportError, sweep, write_manifest
 from finetune.export.publish import push_folder
-from finetune.export.sidecars import install_files
+from finetune.export.sidecars import install, places
 
 
 @pytest.fixture
@@ -45,6 +45,25 @@ def test_what_was_changed_or_gives_something_away_is_not_sent(built):
         push_folder(built, "me/toy", dry_run=True)
 
 
+def test_a_card_may_be_edited_by_hand_but_not_given_away(built):
+    """A model card is meant to be written on; the weights are not, and a private word stays at home."""
+    (built / "README.md").write_text("# toy, drawn by hand\n")
+    (told,) = push_folder(built, "me/toy", dry_run=True).notes
+    assert "README.md was edited after the build" in told
+    (built / "README.md").write_text("trained in /home/somebody/pictures\n")
+    with pytest.raises(ExportError, match="the path /home/somebody"):
+        push_folder(built, "me/toy", dry_run=True)
+
+
+def test_without_a_network_it_is_said_in_words(built, monkeypatch):
+    """Nobody listens at this address; the library's own error is a hundred lines long."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_TOKEN", "hf_nobody")
+    with pytest.raises(ExportError, match="me/toy was not written") as caught:
+        push_folder(built, "me/toy")
+    assert "where there is a network" in caught.value.text()
+
+
 def test_pictures_and_headers_are_looked_through_too(built):
     """A PNG tells its prompt, a photo where it was taken, and a trainer's header the folder of the pictures."""
     papers = PngInfo()
@@ -72,15 +91,21 @@ def test_a_folder_without_a_card_is_refused_with_all_problems(tmp_path):
 
 
 def test_files_go_where_the_program_looks(built, tmp_path):
-    """ComfyUI reads models/loras; a folder that is not ComfyUI's is a typing mistake."""
+    """ComfyUI reads models/loras; a folder that is not ComfyUI's is a typing mistake, told before anything is done."""
     with pytest.raises(ConfigError, match="the folder of comfyui"):
-        install_files(f"comfyui:{tmp_path / 'comfy'}", {"kohya": built / "toy.safetensors"})
+        places(f"comfyui:{tmp_path / 'comfy'}", ["kohya"])
     loras = tmp_path / "comfy" / "models" / "loras"
     loras.mkdir(parents=True)
-    install_files(f"comfyui:{tmp_path / 'comfy'}", {"kohya": built / "toy.safetensors"})
+    assert places(f"comfyui:{tmp_path / 'comfy'}", ["kohya", "peft"]) == {"kohya": loras}
+    both = places(f"comfyui:{tmp_path / 'comfy'}", ["kohya", "embeddings"])
+    assert not both["embeddings"].exists()
+    assert install(built / "toy.safetensors", both["embeddings"])[0].parent == loras.with_name("embeddings")
+    assert install(built / "toy.safetensors", loras) == [loras / "toy.safetensors"]
     assert (loras / "toy.safetensors").read_bytes() == (built / "toy.safetensors").read_bytes()
     with pytest.raises(ConfigError, match="did you mean comfyui"):
-        install_files("comfyiu:/x", {})
+        places("comfyiu:/x", [])
+    with pytest.raises(ConfigError, match="export one of them"):
+        places(f"comfyui:{tmp_path / 'comfy'}", ["peft"])
 
 
 def test_what_killed_exports_left_is_swept_after_an_hour(tmp_path):

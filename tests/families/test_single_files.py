@@ -173,7 +173,7 @@ def test_what_is_missing_or_left_over_is_named(twins, twin_folders, tmp_path):
     """A file that half fits would train a half-random model."""
     family, components = twins["sd1"]
     path = write_original(family, components, tmp_path / "x.safetensors", extra={"strange.weight": torch.zeros(2)})
-    with pytest.raises(ConfigError, match=r"1 tensors belong to nothing that is loaded, e.g. strange.weight"):
+    with pytest.raises(ConfigError, match=r"1 tensor belongs to nothing that is loaded, e.g. strange.weight"):
         read_back(path, twin_folders["sd1"])
     named = to_original(family.original["unet"], "unet", components.denoiser, components.denoiser.state_dict())
     lost = named.popitem()[0]
@@ -181,7 +181,7 @@ def test_what_is_missing_or_left_over_is_named(twins, twin_folders, tmp_path):
     named |= to_original(family.original["text_encoder"], "text_encoder", text, text.state_dict())
     named |= to_original(family.original["vae"], "vae", components.vae, components.vae.state_dict())
     write_safetensors(tmp_path / "y.safetensors", named, {})
-    with pytest.raises(ConfigError, match=rf"1 tensors are missing, e.g. {lost}"):
+    with pytest.raises(ConfigError, match=rf"1 tensor is missing, e.g. {lost}"):
         read_back(tmp_path / "y.safetensors", twin_folders["sd1"])
     with pytest.raises(ConfigError, match=r"set model.skeleton"):
         load_family(str(write_original(family, components, tmp_path / "z.safetensors")))

@@ -14,6 +14,7 @@ from finetune.demo import BASE_DIR
 from finetune.families import load_family
 from finetune.interchange.adapter import Adapter, InterchangeError, Update
 from finetune.interchange.conversion import convert_adapter
+from finetune.interchange.conversion import write as write_adapter
 from finetune.interchange.inspection import inspect_file
 from finetune.interchange.reading import read_adapter
 from finetune.interchange.sources import open_sources
@@ -128,10 +129,11 @@ def lycoris(kind: str, shape) -> dict:
         "diff": {"diff": noise(*shape), "diff_b": noise(out)},
         "ia3": {"weight": noise(inner), "on_input": torch.tensor(True)},
         "diag-oft": {"oft_blocks": noise(out // 8, 8, 8), "alpha": torch.tensor(0.0)},
+        "boft": {"oft_blocks": noise(3, out // 8, 8, 8), "rescale": 1 + noise(out, 1), "alpha": torch.tensor(0.0)},
     }[kind]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["loha", "lokr", "diff", "ia3", "diag-oft"])
+@pytest.mark.parametrize("kind", ["loha", "lokr", "diff", "ia3", "diag-oft", "boft"])
 def test_lycoris_methods_come_back_from_kohya_layout(kind, tmp_path):
     """Each of its methods is read, written and read again to the same change, by its own formula."""
     shape = table("sd1").shape("unet", Q)
@@ -156,18 +158,51 @@ def by_formula(kind: str, parts: dict, weight: torch.Tensor) -> torch.Tensor:
         return parts["diff"]
     if kind == "ia3":
         return weight * parts["weight"][None, :]
-    skew = parts["oft_blocks"] - parts["oft_blocks"].transpose(1, 2)
+    skew = parts["oft_blocks"] - parts["oft_blocks"].transpose(-1, -2)
     one = torch.eye(8)
     rotation = (one + skew) @ torch.linalg.inv(one - skew)
+    if kind == "boft":
+        return butterfly(rotation, weight) * parts["rescale"] - weight
     blocks = weight.reshape(-1, 8, weight.shape[1])
     return torch.einsum("knm,knf->kmf", rotation, blocks).reshape(weight.shape) - weight
+
+
+def test_whole_changes_of_joined_layers_come_back_apart(tmp_path):
+    """sd-scripts knows q, k and v of SD3 as one layer; two of them that changed must not become three."""
+    architecture = table("sd3-medium")
+    block = "transformer_blocks.3.attn"
+    shape = architecture.shape("transformer", f"{block}.to_q")
+    updates = {
+        ("transformer", f"{block}.to_{leaf}"): Update("diff", {"diff": noise(*shape, key=key), **bias}, shape=shape)
+        for key, (leaf, bias) in enumerate({"q": {"diff_b": noise(shape[0])}, "v": {}}.items())
+    }
+    write_adapter(Adapter(updates, architecture), tmp_path / "f.safetensors", to="kohya")
+    back = read_adapter(tmp_path / "f.safetensors").updates
+    assert set(back) == set(updates)
+    for place, update in updates.items():
+        assert torch.equal(back[place].tensors["diff"], update.tensors["diff"])
+    q = back["transformer", f"{block}.to_q"]
+    assert torch.equal(q.tensors["diff_b"], updates["transformer", f"{block}.to_q"].tensors["diff_b"])
+
+
+def butterfly(rotation: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Each block turns rows that lie 4, then 8, then 16 apart, two by two."""
+    turned = weight.clone()
+    for number, blocks in enumerate(rotation):
+        apart = 4 * 2**number
+        order = [start + half * apart + row for start in range(0, len(weight), 2 * apart)
+                 for row in range(apart) for half in (0, 1)]  # fmt: skip
+        for place, block in enumerate(blocks):
+            rows = order[8 * place : 8 * place + 8]
+            turned[rows] = block @ turned[rows]
+    return turned
 
 
 def test_unknown_keys_are_listed_not_dropped(tmp_path):
     """A converter that skips what it does not know makes a weaker adapter and says nothing."""
     stem = f"lora_unet_{Q}".replace(".", "_")
     tensors = kohya_lora({stem: table("sd1").shape("unet", Q), "lora_unet_down_blocks_9_odd": (4, 4)})
-    with pytest.raises(InterchangeError, match=r"3 tensors whose names are not known") as refused:
+    with pytest.raises(InterchangeError, match=r"3 tensors of unknown name") as refused:
         read_adapter(write(tmp_path / "f.safetensors", tensors))
     assert "lora_unet_down_blocks_9_odd.alpha" in refused.value.text()
 

@@ -79,7 +79,7 @@ def test_a_bias_that_is_left_out_counts(tiny_base, tmp_path):
     done = write(adapter, tmp_path / "l.safetensors", to="diffusers", base=tiny_base, allow_lossy=True, rank=9)
     share = float(bias.norm()) / float((update.delta().square().sum() + bias.square().sum()).sqrt())
     assert noted(tmp_path / "l.safetensors")[0]["worst"] == pytest.approx(share, rel=1e-4)
-    assert any("1 biases are left out" in note for note in done.notes)
+    assert any("of 1 bias are left out" in note for note in done.notes)
 
 
 def test_dora_in_a_kohya_file_costs_what_its_readers_make_of_it(tiny_base, tmp_path):

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
+
 import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from finetune.adapters.files import AdapterFile, AdapterHeader
-from finetune.errors import UserError
+from finetune.errors import CheckpointError, UserError
 from finetune.families import load_family
+from finetune.header import read_header
 from finetune.interchange.adapter import InterchangeError
+from finetune.interchange.commands import merge_adapters
+from finetune.interchange.comparing import diff_adapters
 from finetune.interchange.conversion import convert_adapter
+from finetune.interchange.inspection import inspect_file
 from finetune.interchange.reading import read_adapter
 from finetune.interchange.words import file_names
 from tests.interchange.files import noise, write
@@ -88,6 +94,17 @@ def test_diffusers_loads_words_of_two_encoders(trained, tmp_path):
         assert torch.equal(vector.detach(), AdapterFile.read(source).token_vectors(encoder)["<sks>"][0])
 
 
+def test_what_a_word_of_an_unusual_base_says_of_itself_counts(tmp_path):
+    """Its width fits no published base, but its papers name the kind."""
+    papers = {"modelspec.architecture": "stable-diffusion-v1/textual-inversion", "finetune.word": "<cat>"}
+    save_file({"emb_params": noise(2, 128)}, tmp_path / "cat.safetensors", metadata=papers)
+    adapter = read_adapter(tmp_path / "cat.safetensors")
+    assert adapter.architecture.family == "sd1" and adapter.tokens["<cat>"]["text_encoder"].shape == (2, 128)
+    save_file({"emb_params": noise(2, 128)}, tmp_path / "dog.safetensors")
+    with pytest.raises(InterchangeError, match="does not say which kind of base"):
+        read_adapter(tmp_path / "dog.safetensors")
+
+
 def test_missing_words_are_missed(trained, tmp_path):
     """An adapter whose words were left behind is not read as if it never had any; nor is a file from elsewhere."""
     base, source = trained["sd1"]
@@ -97,8 +114,36 @@ def test_missing_words_are_missed(trained, tmp_path):
         read_adapter(tmp_path / "a.safetensors", base)
     tensors = load_file(tmp_path / "a.safetensors")
     save_file(tensors, tmp_path / "b.safetensors", metadata={"finetune.embeddings": '{"x": "../a/b.safetensors"}'})
-    with pytest.raises(InterchangeError, match="not beside the adapter"):
+    with pytest.raises(CheckpointError, match="not beside the adapter"):
         read_adapter(tmp_path / "b.safetensors", base)
+
+
+def test_what_needs_no_words_goes_on_without_them_and_says_so(trained, tmp_path):
+    """The layers of an adapter are whole without its words; `inspect` tells where those should lie."""
+    base, source = trained["sd1"]
+    lonely = tmp_path / "alone" / "a.safetensors"
+    convert_adapter(source, lonely, to="diffusers", base=base)
+    assert sum("lies in" in note for note in inspect_file(lonely, base).notes) == 2
+    shutil.rmtree(lonely.with_suffix(".embeddings"))
+    assert sum("which is missing; drawing needs it" in note for note in inspect_file(lonely, base).notes) == 2
+    done = convert_adapter(lonely, tmp_path / "k.safetensors", to="kohya", base=base)
+    assert sum(note.startswith("left out: the learned word") for note in done.notes) == 2
+    merged = merge_adapters([str(lonely), str(lonely)], tmp_path / "m.safetensors", settings={}, base=base)[1]
+    assert sum(note.startswith("left out: the learned word") for note in merged.notes) == 2
+    found = diff_adapters(lonely, source, base)
+    assert found.cosine == pytest.approx(1) and len(found.notes) == 3
+
+
+def test_what_a_run_says_of_itself_stays_in_other_layouts(trained, tmp_path):
+    """Model managers show the trigger words, the base and the steps of a file."""
+    base, source = trained["sd1"]
+    wanted = AdapterFile.read(source).header
+    for layout in ("kohya", "diffusers"):
+        convert_adapter(source, tmp_path / f"{layout}.safetensors", to=layout, base=base)
+        said = read_header(tmp_path / f"{layout}.safetensors").metadata
+        assert said["modelspec.trigger_phrase"] == ", ".join(wanted.trigger_words)
+        assert said["ss_sd_model_name"] == said["finetune.base"] == wanted.base
+        assert said["ss_steps"] == said["finetune.step"] == str(wanted.step)
 
 
 @pytest.mark.parametrize(("tensors", "family", "networks"), [
@@ -106,6 +151,7 @@ def test_missing_words_are_missed(trained, tmp_path):
     ({"<cat>": noise(2, 1024)}, "sd2", {"text_encoder"}),
     ({"clip_l": noise(2, 768), "clip_g": noise(2, 1280)}, "sdxl", {"text_encoder", "text_encoder_2"}),
     ({"string_to_param.*": noise(1, 768)}, "sd1", {"text_encoder"}),
+    ({"<cat>": noise(768)}, "sd1", {"text_encoder"}),
 ])  # fmt: skip
 def test_embeddings_of_other_programs_are_read(tensors, family, networks, tmp_path):
     """A textual inversion of A1111, kohya or diffusers becomes a file of this toolkit, for its kind of base."""

@@ -37,25 +37,54 @@ def test_accelerate_launch_runs_a_recipe(tiny_base, pictures, tmp_path):
     assert (tmp_path / "run" / "exports" / "run.safetensors").exists()
 
 
+COLAB = """
+from pathlib import Path
+
+class drive: mount = staticmethod(lambda place: Path("mounted").write_text(place))
+class files: download = staticmethod(lambda path: Path("downloaded").write_text(path))
+class output:
+    @staticmethod
+    def serve_kernel_port_as_iframe(port, height):
+        from urllib.request import urlopen
+        Path("page").write_bytes(urlopen(f"http://127.0.0.1:{port}/").read())
+"""
+"""What the notebook asks of Colab, noting what it was asked."""
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_the_notebook_runs(path, tmp_path, pictures, monkeypatch):
-    """Every cell, on the embedded base; only the parameters are replaced."""
+    """Every cell as in Colab, on the embedded base; only the parameters and what Colab itself does are replaced."""
+    (tmp_path / "google" / "colab").mkdir(parents=True)
+    (tmp_path / "google" / "colab" / "__init__.py").write_text(COLAB)
     notebook = jupytext.read(path)
     parameters = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
     values = {
         "BASE": "demo", "VARIANT": None, "PICTURES": str(pictures), "TRIGGER": "sks", "CLASS": "robot",
-        "OUTPUT": str(tmp_path / "out"), "CACHE": str(tmp_path / "cache"),
-        "STEPS": 2, "CLASS_PICTURES": 2, "INSTALL_FROM": str(ROOT),
+        "OUTPUT": str(tmp_path / "drive" / "out"), "CACHE": str(tmp_path / "cache"),
+        "STEPS": 2, "CLASS_PICTURES": 2, "HOURS": 1.0, "INSTALL_FROM": str(ROOT),
     }  # fmt: skip
     names = {line.split(" = ")[0] for line in parameters.source.splitlines() if " = " in line}
     assert names == values.keys(), "the test must replace exactly the notebook's parameters"
-    parameters.source = "\n".join(f"{name} = {value!r}" for name, value in values.items())
+    parameters.source = "\n".join(["import google.colab", *(f"{name} = {value!r}" for name, value in values.items())])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     where = {"metadata": {"path": str(tmp_path)}}
     NotebookClient(notebook, timeout=600, kernel_name="python3", resources=where).execute()
-    assert (tmp_path / "out" / "exports").is_dir()
-    sheets = sorted(p.name for p in (tmp_path / "out" / "samples").glob("*.png"))
+    out = tmp_path / "drive" / "out"
+    sheets = sorted(p.name for p in (out / "samples").glob("*.png"))
     assert sheets == ["step-000000.png", "step-000002.png", "steps.png"]
+    assert (tmp_path / "mounted").read_text() == "/content/drive"
+    assert "<html" in (tmp_path / "page").read_text(), "the page is there before training begins"
+    assert (tmp_path / "downloaded").read_text() == str(out / "exports" / "out.safetensors")
+    assert (out / "exports" / "out.safetensors").is_file()
+
+
+def test_a_notebook_shows_what_to_mend_and_no_traceback():
+    """A wrong folder, or a run stopped by its button, must not look like a crash of the program."""
+    cell = 'from finetune.errors import ConfigError\nraise ConfigError("It cannot start:", ["no pictures"])'
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)])
+    NotebookClient(notebook, timeout=60, kernel_name="python3", allow_errors=True).execute()
+    assert notebook.cells[0].outputs[0].traceback == ["It cannot start:", "  - no pictures"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

@@ -8,16 +8,19 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 
 from finetune.errors import ConfigError
 from finetune.families import load_family
+from finetune.sampling.depth import depth_map
 from finetune.sampling.edges import canny
 from finetune.sampling.generate import build_pipeline, generate
 from finetune.sampling.guides import Guides
 from finetune.sampling.papers import shot_of
 from tests.conftest import command
 from tests.tiny import write_twin
+from tests.tiny.depth import depth_anything, dpt, write_depth_model
 
 QUICK = {"seeds": [1], "steps": 2, "guidance_scale": 3.0, "height": 64, "width": 64}
 
@@ -77,20 +80,33 @@ def test_it_is_diffusers_controlnet_pipeline(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3", "flux"])
 def test_every_family_follows_a_control_picture(name, tmp_path):
-    """Where diffusers has the pipeline it is used, also on a picture that is changed."""
+    """On nothing, on a picture that is changed and under a mask, the same twice; where diffusers has no pipeline for it
+    that is said."""
     family, parts = load_family(str(write_twin(name, tmp_path / "base")))
     network = controlnet_for(name, parts)
-    guides = Guides(control=photo(), controlnet=network)
-    assert apart(
-        generate(family, parts, ["a cat"], guides=guides, **QUICK)[0], generate(family, parts, ["a cat"], **QUICK)[0]
-    ) > 2
-    both = Guides(image=photo(), strength=0.6, control=photo(), controlnet=network)
-    if name == "sd3":
-        with pytest.raises(ConfigError, match="diffusers has no pipeline"):
-            generate(family, parts, ["a cat"], guides=both, **QUICK)
-    else:
-        changed = generate(family, parts, ["a cat"], guides=Guides(image=photo(), strength=0.6), **QUICK)[0]
-        assert apart(generate(family, parts, ["a cat"], guides=both, **QUICK)[0], changed) > 2
+    steered = {"control": photo(), "controlnet": network}
+    mask = Image.linear_gradient("L")
+    ways = [{}, {"image": photo(), "strength": 0.6}, {"image": photo(), "mask": mask, "strength": 1.0}]
+    for way in ways:
+        if name == "sd3" and way.get("strength") == 0.6:
+            with pytest.raises(ConfigError, match="diffusers has no pipeline"):
+                generate(family, parts, ["a cat"], guides=Guides(**way, **steered), **QUICK)
+            continue
+        first, again = (generate(family, parts, ["a cat"], guides=Guides(**way, **steered), **QUICK)[0] for _ in "12")
+        assert apart(first, again) == 0
+        assert apart(first, generate(family, parts, ["a cat"], guides=Guides(**way), **QUICK)[0]) > 2
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl"])
+def test_an_inpainting_base_follows_a_control_picture(name, tmp_path):
+    """Its denoiser is shown the mask and the ControlNet is not."""
+    family, parts = load_family(str(write_twin(name, tmp_path / "base", inpainting=True)))
+    plain = load_family(str(write_twin(name, tmp_path / "plain")))[1]
+    mask = Image.linear_gradient("L")
+    both = Guides(image=photo(), mask=mask, strength=0.8, control=photo(), controlnet=controlnet_for(name, plain))
+    masked = Guides(image=photo(), mask=mask, strength=0.8)
+    drawn = generate(family, parts, ["a cat"], guides=both, **QUICK)[0]
+    assert apart(drawn, generate(family, parts, ["a cat"], guides=masked, **QUICK)[0]) > 2
 
 
 def test_the_command_follows_edges_and_makes_the_picture_again(capsys, monkeypatch, tmp_path):
@@ -114,10 +130,53 @@ def test_the_command_follows_edges_and_makes_the_picture_again(capsys, monkeypat
     assert "--controlnet" in sample("--from", kept, "--control", tmp_path / "photo.png", expect=2)
     sample("--from", kept, *network, "--control", tmp_path / "photo.png")
     assert made.read_bytes() == first
-    assert "another kind of base" in sample("a cat", "--controlnet", tmp_path / "foreign", *control, expect=2)
-    told = sample("a cat", *network, "--control", f"cany:{tmp_path / 'photo.png'}", "--mask", made, expect=2)
-    for words in ("did you mean canny", "cannot be combined", "a picture to repaint is needed"):
+    text = sample("a cat", "--controlnet", tmp_path / "foreign", *control, expect=2)
+    assert "another kind of base: its cross_attention_dim is 80, the base's 32" in text and "Loading" not in text
+    text = sample("a cat", "--controlnet", base / "vae", *control, expect=2)
+    assert "it is of class AutoencoderKL; a ControlNet" in text
+    wrong = ("--control", f"cany:{tmp_path / 'photo.png'}", "--mask", made, "--depth-model", tmp_path)
+    told = sample("a cat", *network, *wrong, expect=2)
+    for words in ("did you mean canny", "a picture to repaint is needed", "no picture to estimate"):
         assert words in told
     assert "cannot be loaded" in sample("a cat", "--controlnet", tmp_path / "nowhere", *control, expect=2)
     text = sample("a cat", "--controlnet", "nowhere", *control, expect=2)
     assert "neither a folder here nor a hub id" in text and "Loading" not in text
+
+
+def test_depth_is_that_of_transformers(tmp_path):
+    """As its own pipeline draws it; where a model answers in metres, near is white all the same."""
+    for number, model in enumerate((dpt(), depth_anything())):
+        folder = write_depth_model(tmp_path / str(number), model)
+        map_, _ = depth_map(photo(), str(folder))
+        wanted = transformers.pipeline("depth-estimation", model=str(folder))(photo())["depth"]
+        assert apart(map_, wanted.convert("RGB")) == 0
+    metres = write_depth_model(tmp_path / "metres", depth_anything(depth_estimation_type="metric", max_depth=20))
+    far = transformers.pipeline("depth-estimation", model=str(metres))(photo())["depth"]
+    near = np.asarray(depth_map(photo(), str(metres))[0], dtype=int)[..., 0]
+    assert np.corrcoef(near.ravel(), np.asarray(far, dtype=int).ravel())[0, 1] < -0.8
+
+
+def test_the_command_follows_depth_under_a_mask_and_makes_the_picture_again(capsys, monkeypatch, tmp_path):
+    """The depth model belongs to the picture as its base does: another one is refused, as is one that is none."""
+    base = write_twin("sd1", tmp_path / "sd1")
+    controlnet_for("sd1", load_family(str(base))[1]).save_pretrained(tmp_path / "control")
+    write_depth_model(tmp_path / "dpt", dpt())
+    write_depth_model(tmp_path / "other", depth_anything())
+    photo().save(tmp_path / "photo.png")
+    Image.linear_gradient("L").save(tmp_path / "mask.png")
+
+    def sample(*arguments, model="dpt", expect=0):
+        options = ("--base", base, "--controlnet", tmp_path / "control", "--image", tmp_path / "photo.png")
+        options += ("--mask", tmp_path / "mask.png", "--depth-model", tmp_path / model, "-o", tmp_path / "out")
+        return command(capsys, monkeypatch, "sample", *arguments, *options, expect=expect)
+
+    told = ("a cat", "--steps", 3, "--strength", 0.7, "--control", f"depth:{tmp_path / 'photo.png'}")
+    sample(*told)
+    (made,) = (tmp_path / "out").glob("*.png")
+    first, kept = made.read_bytes(), made.rename(tmp_path / "kept.png")
+    again = ("--from", kept, "--control", tmp_path / "photo.png")
+    assert "depth-model is not the one it was made with" in sample(*again, model="other", expect=2)
+    sample(*again)
+    assert made.read_bytes() == first
+    text = sample(*told, model="control", expect=2)
+    assert "--depth-model" in text and "cannot be loaded" in text and "Loading the base" not in text

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from functools import partial
 
 import diffusers
 import numpy as np
@@ -10,9 +12,14 @@ import pytest
 import torch
 
 from finetune.errors import CheckpointError, ConfigError, NumericError
-from finetune.sampling import SCHEDULERS, adapter_applied, generate
-from finetune.sampling.schedulers import FLOW
-from tests.tiny import random_adapter
+from finetune.families import load_family
+from finetune.families.frozen import host_bytes
+from finetune.pictures import save_memory
+from finetune.sampling.apply import adapter_applied
+from finetune.sampling.generate import generate
+from finetune.sampling.schedulers import FLOW, SCHEDULERS
+from finetune.tracking import Reporter
+from tests.tiny import random_adapter, write_twin
 
 PROMPTS = ["a toy", "sks toy in the snow", "a cat"]
 RANK, ALPHA = {"unet": 4, "text_encoder": 8}, {"unet": 2.0, "text_encoder": 24.0}
@@ -80,6 +87,21 @@ def _noting(told, what, forward):
     return noted
 
 
+def test_a_denoiser_that_does_not_fit_visits_layer_by_layer_and_draws_the_same(base):
+    """--low-memory with an adapter on top; where everything fits, nothing is moved."""
+    family, components = base
+    file, noted = random_adapter(family, components, rank=RANK, alpha=ALPHA), []
+    reporter = Reporter()
+    reporter.note = noted.append
+    drawn = []
+    for free in (None, 2**33, 2**20):
+        save_memory([components], [components.denoiser], free, reporter)
+        drawn.append(generate(family, components, ["sks toy"], seeds=[1], steps=2, adapters=[(file, 1.0)])[0])
+    assert apart(drawn[0], drawn[1]) == apart(drawn[0], drawn[2]) == 0
+    assert len(noted) == 1 and "layer by layer" in noted[0]
+    assert host_bytes(components.denoiser) > sum(p.nbytes for p in components.denoiser.parameters())
+
+
 def test_leaves_modes_as_found(base):
     """A validation grid in the middle of training must not switch anything off."""
     family, components = base
@@ -111,10 +133,20 @@ def test_every_scheduler_draws(base, name):
     assert calls == sorted(calls) and calls[-1] == (4, 4) and {total for _, total in calls} == {4}
 
 
-def test_a_flow_scheduler_is_refused_for_a_diffusion_base(base):
-    """Its steps mean other noise; the picture would be grey."""
-    with pytest.raises(ConfigError, match="scheduler=flow_euler does not fit"):
-        generate(*base, ["a toy"], seeds=[1], steps=1, scheduler="flow_euler")
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux"])
+def test_every_family_draws_with_every_scheduler_that_fits_and_refuses_the_others(name, tmp_path):
+    """A sampler of another kind would draw grey; a traceback of diffusers helps nobody."""
+    family, components = load_family(str(write_twin(name, tmp_path)))
+    flow = {known for known in SCHEDULERS if known.startswith(FLOW)}
+    fitting = {"sdxl": SCHEDULERS.keys() - flow, "sd3": flow, "flux": {"flow_euler"}}[name]
+    for scheduler in SCHEDULERS:
+        small = {"seeds": [1], "steps": 1, "width": 32, "height": 32}
+        drawn = partial(generate, family, components, ["a"], scheduler=scheduler, **small)
+        if scheduler in fitting:
+            assert drawn()[0].size == (32, 32)
+        else:
+            with pytest.raises(ConfigError, match=f"scheduler={re.escape(scheduler)} does not fit"):
+                drawn()
 
 
 @pytest.mark.parametrize("text_dtype", [torch.bfloat16, torch.float32])

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import json
 
+import diffusers
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
+from finetune.demo import BASE_DIR
 from finetune.errors import ConfigError
 from finetune.families import load_family
-from finetune.sampling.generate import generate
-from finetune.sampling.guides import Guides
-from finetune.sampling.papers import A1111_KEY, KEY, shot_of
+from finetune.interchange.conversion import convert_adapter
+from finetune.prompt_lines import prompt_problems
+from finetune.sampling.again import OF_MODEL, SAME, model_again, wanted_again
+from finetune.sampling.generate import build_pipeline, generate
+from finetune.sampling.guides import Guides, SteadyVae
+from finetune.sampling.papers import A1111_KEY, KEY, Shot, shot_of
 from finetune.sampling.weighting import emphasise, parse, plain
 from tests.conftest import command
+from tests.sampling.test_controlnet import controlnet_for
 from tests.tiny import BUILDERS, random_adapter
 
 QUICK = ("--steps", "2", "--guidance", "3")
@@ -98,6 +106,18 @@ def test_strengths_make_rows_from_the_base_to_the_adapter(sample, adapter):
     assert bytes_of(shots[0.0]) == base.tobytes() != bytes_of(shots[1.0])
 
 
+def test_words_have_no_strength_and_folders_of_any_layout_draw(sample, adapter, tmp_path):
+    """The plan says what is not scaled; a PEFT folder of folders, ours too, and a word of one plain vector are read."""
+    convert_adapter(adapter, tmp_path / "peft", to="peft", base=BASE_DIR)
+    save_file({"<zog>": torch.linspace(-1, 1, 128)}, tmp_path / "zog.safetensors")
+    text, folder = sample("a <zog>", "-a", f"{tmp_path / 'zog.safetensors'}@0.5", "-a", tmp_path / "peft")
+    assert "zog.safetensors teaches <zog>, which has no strength" in text and "peft at 1" in text
+    (made,) = folder.glob("*.png")
+    first, kept = made.read_bytes(), made.rename(tmp_path / "first.png")
+    sample("--from", kept, "-a", tmp_path / "zog.safetensors", "-a", tmp_path / "peft")
+    assert made.read_bytes() == first
+
+
 def test_everything_wrong_is_said_at_once(sample, tmp_path):
     """One run of the command shows all problems."""
     wrong = ("--mask", tmp_path / "no.png", "--count", 0, "--upscale", 9, "--scheduler", "eular")
@@ -162,6 +182,49 @@ def test_a_mask_keeps_what_is_black(name, tmp_path):
     assert apart(painted.crop(right), other.crop(right)) < apart(painted.crop(left), other.crop(left))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "scheduler"), [("sd1", "ddim"), ("sd1", "euler_a"), ("sd1", "dpm++_2m"), ("sdxl", None), ("sd3", None),
+                            ("flux", None)],
+)  # fmt: skip
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+def test_a_mask_is_diffusers_inpainting(name, scheduler, strength, tmp_path):
+    """The picture of the public pipeline, though none is used for it; the ControlNet's alike."""
+    family, parts = load_family(str(BUILDERS[name](tmp_path / "base")))
+    given, mask = Image.radial_gradient("L").convert("RGB").resize((64, 64)), Image.new("L", (64, 64), 0)
+    mask.paste(255, (0, 0, 32, 64))
+    control, network = Image.linear_gradient("L").convert("RGB").resize((64, 64)), controlnet_for(name, parts)
+    common = {"height": 64, "width": 64, "guidance_scale": 3.0}
+    for extra in ({}, {"controlnet": network}) if name != "sd3" and scheduler in {None, "ddim"} else ({},):
+        public = diffusers.AutoPipelineForInpainting.from_pipe(build_pipeline(family, parts, scheduler), **extra)
+        public.vae = SteadyVae(parts.vae)
+        told = {"control_image": control, "controlnet_conditioning_scale": 1.0} if extra else {}
+        told |= {"max_sequence_length": 512} if name == "flux" else {}
+        latents = public(
+            "a cat", image=given, mask_image=mask, strength=strength, num_inference_steps=5, output_type="latent",
+            generator=torch.Generator().manual_seed(1), **told, **common,
+        ).images  # fmt: skip
+        pixels = family.decode_latents(parts.vae, family.as_picture(latents, 8, 8))[0]
+        guides = Guides(given, strength, mask, control if extra else None, **extra)
+        own = generate(family, parts, ["a cat"], seeds=[1], steps=5, scheduler=scheduler, guides=guides, **common)[0]
+        wanted = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().permute(1, 2, 0).numpy()
+        assert abs(np.asarray(own) - wanted).max() <= 1
+
+
+def test_the_embedded_base_repaints_under_a_mask(sample, tmp_path):
+    """Its autoencoder has other channels than published ones, for which diffusers has no inpainting pipeline."""
+    ball = Image.new("RGB", (64, 64), "#3050d0")
+    ball.save(tmp_path / "ball.png")
+    mask = Image.new("L", (64, 64), 0)
+    mask.paste(255, (0, 0, 32, 64))
+    mask.save(tmp_path / "mask.png")
+    _, folder = sample("a red ball", "--image", tmp_path / "ball.png", "--mask", tmp_path / "mask.png", "--strength", 1)
+    (made,) = folder.glob("*.png")
+    with Image.open(made) as image:
+        assert apart(image.crop((40, 0, 64, 64)), ball.crop((40, 0, 64, 64))) < 12
+        assert apart(image.crop((0, 0, 24, 64)), ball.crop((0, 0, 24, 64))) > 25
+
+
 @pytest.mark.parametrize("name", ["sd1", "flux"])
 def test_a_mask_works_in_half_precision(name, tmp_path):
     """GPUs compute in it while the autoencoder stays in fp32; SD3's and Flux's pipelines feed it themselves."""
@@ -220,6 +283,16 @@ def test_a_prompt_may_have_its_own_settings_as_in_kohyas_files(sample, tmp_path)
         assert image.size == (96, 64)
 
 
+def test_what_only_other_programs_read_in_a_prompt_is_refused(sample):
+    """Drawn as words it would be believed; a backslash says that brackets are meant."""
+    told = ("a cat BREAK a dog", "a cat <lora:ink:0.7>", "a [cat:dog:0.5]")
+    text, folder = sample(*told, expect=2)
+    for words in ("new chunk of tokens", "--adapter FILE@0.8", "change of prompt in mid-drawing"):
+        assert words in text
+    assert not folder.exists()
+    assert prompt_problems(["a break [cat] (dog:0.5)", r"a \[cat:dog:0.5\]"]) == []
+
+
 def test_settings_behind_a_prompt_are_all_checked_before_the_base_is_loaded(sample):
     text, folder = sample("a cat --ar 16:9 --s none", "a dog", " --w 64", expect=2)
     assert "--ar" in text and "'none', which must be a whole number from 1 up" in text and "no prompt before" in text
@@ -241,3 +314,36 @@ def test_a_file_where_the_folder_should_be_is_said_before_the_base_is_loaded(cap
     (tmp_path / "file").write_text("x")
     text = command(capsys, monkeypatch, "sample", "a dog", "-o", tmp_path / "file" / "x", expect=2)
     assert "is a file" in text and "Loading" not in text
+
+
+PAPERS = Shot(
+    prompt="a box", negative_prompt="red", seed=7, steps=3, guidance_scale=2.5, width=64, height=96, scheduler="euler",
+    base="demo", base_digest="0" * 64, dtype="fp32", strength=0.4, control_scale=0.7, control_from="canny", upscale=1.5,
+    upscale_strength=0.3,
+)  # fmt: skip
+
+
+def test_papers_become_the_request_they_came_from():
+    """Every setting that a picture tells of comes back under its name; a new one must not be forgotten on the way."""
+    wanted = wanted_again(PAPERS, [], {"low_memory": True})
+    assert wanted.prompts == ("a box",) and wanted.count == 1 and wanted.low_memory
+    assert {name: getattr(wanted, name) for name in SAME} == {name: getattr(PAPERS, name) for name in SAME}
+    own = {"prompt", "base", "base_digest", "pictures", "adapters", "refiner", "refiner_start", *OF_MODEL}
+    assert set(Shot.model_fields) == SAME | own
+    assert model_again(PAPERS, None).dtype == "fp32"
+    with pytest.raises(ConfigError, match="say where it lies with --base"):
+        model_again(PAPERS.model_copy(update={"base": "gone.safetensors"}), None)
+
+
+def test_files_beside_from_must_be_those_of_the_papers(tmp_path):
+    """What was not given then would be dropped in silence, and what is missing could not be drawn; all at once."""
+    shot = PAPERS.model_copy(update={"pictures": {"image": "0" * 64, "controlnet": "1" * 64}})
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    given = {"image": tmp_path / "a.png", "mask": tmp_path / "a.png", "refiner": "demo", "depth_model": "x"}
+    with pytest.raises(ConfigError) as refused:
+        wanted_again(shot, [tmp_path / "cat.safetensors"], given)
+    text = str(refused.value)
+    assert "1 adapter is given, the picture was made with 0: none" in text
+    assert "not the image it was made with" in text and "--mask was not given then" in text
+    assert "--controlnet is missing" in text
+    assert "--refiner was not given then" in text and "--depth-model was not given then" in text

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import BusyError, StorageError
-from finetune.training.lock import hold
+from finetune.training import lock
+from finetune.training.lock import check_free, hold
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
@@ -87,3 +88,40 @@ def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path: Path) -> None
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StorageError, match="choose another output_dir"), hold(tmp_path / "file" / "run"):
         pass
+
+
+def test_a_refused_run_leaves_no_folder_behind(tmp_path: Path) -> None:
+    """Folders that were made for the lock go with it; one with anything in it stays, and so does one that was there."""
+    with pytest.raises(KeyError), hold(tmp_path / "runs" / "new"):
+        raise KeyError
+    assert not (tmp_path / "runs").exists()
+    with hold(tmp_path / "kept"):
+        (tmp_path / "kept" / "run.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(KeyError), hold(tmp_path / "empty"):
+        raise KeyError
+    assert (tmp_path / "kept" / ".lock").exists() and (tmp_path / "empty" / ".lock").exists()
+
+
+def test_a_lock_that_was_removed_meanwhile_is_not_taken_for_the_folder(tmp_path: Path, monkeypatch) -> None:
+    """Who opened the file of a refused run would hold a file that is nowhere, beside the next holder of the folder."""
+    real = lock._lock
+    removed = []
+
+    def removing(descriptor: int, folder: Path) -> None:
+        if not removed:
+            removed.append((folder / ".lock").unlink())
+        real(descriptor, folder)
+
+    monkeypatch.setattr(lock, "_lock", removing)
+    with hold(tmp_path), pytest.raises(BusyError), hold(tmp_path):
+        pass
+    assert len(removed) == 1
+
+
+def test_whether_a_folder_is_free_can_be_asked_without_touching_it(tmp_path: Path) -> None:
+    """The command line asks before it imports anything slow."""
+    check_free(tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
+    with hold(tmp_path / "run"), pytest.raises(BusyError):
+        check_free(tmp_path / "run")

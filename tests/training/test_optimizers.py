@@ -17,7 +17,14 @@ from finetune.config import OptimizerConfig
 from finetune.errors import CheckpointError, ConfigError
 from finetune.storage import read_safetensors, write_safetensors
 from finetune.training.optimizer_state import load_optimizer_state, optimizer_state, state_bytes
-from finetune.training.optimizers import OPTIMIZERS, BuiltOptimizer, build_optimizer, set_learning_rate
+from finetune.training.optimizers import (
+    OPTIMIZERS,
+    BuiltOptimizer,
+    build_optimizer,
+    own_code,
+    rehearse,
+    set_learning_rate,
+)
 
 BY_PATH = ("torch.optim.RAdam", "torch.optim.SGD", "pytorch_optimizer.StableAdamW")
 EVERY = (*OPTIMIZERS, *BY_PATH)
@@ -186,6 +193,7 @@ def test_missing_bitsandbytes_is_refused_with_the_remedy(monkeypatch: pytest.Mon
         ("torch.nn.Linear", {}, r"torch\.nn\.Linear is no torch\.optim\.Optimizer"),
         ("prodigy", {"options": {"d_coeff": 2}}, r"'d_coeff' \(did you mean d_coef\?\)"),
         ("adafactor", {"betas": (0.9, 0.99)}, "Adafactor has no such setting"),
+        ("adamw", {"options": {"lr": 1}}, r"has 'lr'; say optimizer\.learning_rate"),
         ("torch.optim.SGD", {"options": {"momentum": -1}}, "SGD refuses its settings: Invalid momentum"),
     ],
 )
@@ -193,6 +201,38 @@ def test_what_cannot_be_built_is_named(name: str, settings: dict[str, Any], expe
     """Any class may be named, so every mistake in naming it needs words."""
     with pytest.raises(ConfigError, match=expected):
         build(name, make_parameters(), **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "expected"),
+    [
+        ("adamw", {"betas": (0.9, 0.99, 0.999)}, "adamw cannot take a step here: too many values"),
+        ("torch.optim.LBFGS", {}, "LBFGS cannot take a step here: .*closure"),
+        ("torch.optim.SparseAdam", {}, "SparseAdam cannot take a step here: .*dense gradients"),
+        ("torch.optim.RAdamW", {}, r"did you mean RAdam"),
+    ],
+)
+def test_what_cannot_step_is_found_early(name: str, settings: dict[str, Any], expected: str) -> None:
+    """After a base of gigabytes and an hour of class pictures is late for a typing error."""
+    with pytest.raises(ConfigError, match=expected):
+        rehearse(OptimizerConfig(name=name, **settings), CPU)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_rehearsal_passes_what_can_be_used(name: str) -> None:
+    """A check that refuses a good optimizer would be worse than none."""
+    rehearse(OptimizerConfig(name=name), CPU)
+
+
+def test_only_a_file_of_ones_own_is_held_against_a_resumed_run(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch may be updated between two halves of a run; the user's own formula may not change in the middle."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "signs.py").write_text("from torch.optim import SGD\n\nclass Signs(SGD):\n    pass\n")
+    assert own_code("adamw") == own_code("torch.optim.RAdam") == {}
+    assert [len(digest) for digest in own_code("signs.Signs").values()] == [64]
+    (tmp_path / "broken.py").write_text("x = (\n")
+    with pytest.raises(ConfigError, match=r"broken cannot be imported: .*never closed"):
+        own_code("broken.Signs")
 
 
 def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

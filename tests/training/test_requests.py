@@ -68,6 +68,16 @@ def test_the_second_signal_ends_at_once(tmp_path: Path, number: signal.Signals) 
             os.kill(os.getpid(), number)
 
 
+def test_who_asks_for_a_stop_is_answered(tmp_path: Path, capfd) -> None:
+    """A long step or sheet may stand between Ctrl-C and its effect; silence reads as a program that hangs."""
+    for speaking in (True, False):
+        with requests_from_signals(Requests(tmp_path, speaking=speaking)) as requests:
+            requests.listening = True
+            os.kill(os.getpid(), signal.SIGINT)
+            assert requests.stop
+        assert ("this step is finished and saved first" in capfd.readouterr().err) is speaking
+
+
 def test_a_launchers_echo_is_no_second_signal(tmp_path: Path, monkeypatch) -> None:
     """Ctrl-C reaches every process from the terminal and again from the launcher; both mean: finish, save, stop."""
     with requests_from_signals(Requests(tmp_path, launched=True)) as requests:
@@ -87,7 +97,7 @@ def test_before_the_loop_a_signal_ends_at_once(tmp_path: Path) -> None:
 
 
 def test_what_one_of_two_processes_is_asked_both_do_at_the_same_step(tmp_path: Path) -> None:
-    """A process that stops alone leaves the other waiting for it in the next reduction."""
+    """A process that stops alone leaves the other waiting for it; one that ends before the first has saved ends it."""
     start = multiprocessing.get_context("spawn").Process
     processes = [start(target=answers, args=(rank, tmp_path)) for rank in range(2)]
     for process in processes:
@@ -96,7 +106,7 @@ def test_what_one_of_two_processes_is_asked_both_do_at_the_same_step(tmp_path: P
         process.join()
     quiet, save, stop = (False, False), (False, True), (True, False)
     expected = [quiet, quiet, save, quiet, stop, stop]
-    assert [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)] == [repr(expected)] * 2
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in range(2)] == [repr((expected, True))] * 2
 
 
 def test_saving_on_request_goes_on_and_a_stop_file_ends_with_75(document, monkeypatch) -> None:

@@ -98,7 +98,7 @@ def test_a_run_with_an_own_loss_goes_on_only_with_the_same_code(document, tmp_pa
     train(run)
     assert train(run).steps == 2
     code.write_text(code.read_text().replace("** 3", "** 4"))
-    with pytest.raises(CheckpointError, match=r"the file of your own function: objective\.loss was"):
+    with pytest.raises(CheckpointError, match=r"your own code: objective\.loss was"):
         train(run)
 
 

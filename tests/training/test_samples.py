@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 from PIL import Image
 
 from finetune import train
 from finetune.errors import ConfigError
 from finetune.run_files import make_run
+from finetune.training import samples
 
 
 def test_prompts_of_a_kohya_file_are_drawn_as_they_say_and_every_step_stands_in_one_sheet(document, tmp_path):
@@ -29,6 +33,20 @@ def test_prompts_of_a_kohya_file_are_drawn_as_they_say_and_every_step_stands_in_
     assert sizes == [(64, 64), (96, 64)]
     with Image.open(folder / "step-000004.png") as sheet, Image.open(folder / "steps.png") as steps:
         assert steps.width == sheet.width and steps.height > sheet.height, "three rows, not two"
+    before = (folder / "steps.png").read_bytes()
+    shutil.copytree(folder / "step-000004", folder / "step-000009")
+    train(run)
+    assert not (folder / "step-000009").exists(), "a step that is done again may look otherwise"
+    assert (folder / "steps.png").read_bytes() == before
+
+
+@pytest.mark.parametrize("sheets", [1, 2, 12, 13, 100])
+def test_the_sheet_of_all_steps_stays_readable(sheets):
+    """A hundred rows are no picture for an eye, and drawing them would hold up the training."""
+    folders = [Path(f"step-{step:06d}") for step in range(sheets)]
+    shown = samples._spread(folders)
+    assert len(shown) == len(set(shown)) == min(sheets, samples.MOST_ROWS)
+    assert shown == sorted(shown) and (shown[0], shown[-1]) == (folders[0], folders[-1])
 
 
 def test_settings_that_cannot_be_meant_are_refused_with_the_run(document, tmp_path):
@@ -36,5 +54,5 @@ def test_settings_that_cannot_be_meant_are_refused_with_the_run(document, tmp_pa
     with pytest.raises(ConfigError, match=r"(?s)'wide', which must be.*--q, which is not known here"):
         make_run(document)
     document["samples"] = {"prompts": str(tmp_path / "none.txt")}
-    with pytest.raises(ConfigError, match=r"none\.txt cannot be read"):
+    with pytest.raises(ConfigError, match=r"none\.txt': there is no such text file"):
         make_run(document)

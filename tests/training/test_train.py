@@ -262,13 +262,3 @@ def test_class_pictures_of_the_user_come_first(document, tmp_path):
     assert sorted(k for k in used if k.startswith("class/")) == [
         "class/class-00000.png", "class/mine0.png", "class/mine1.png", "class/mine2.png"
     ]  # fmt: skip
-
-
-def test_a_tracker_that_is_not_installed_is_refused(document, monkeypatch):
-    """accelerate would drop it in silence, and the curves with it."""
-    from finetune.training import build
-
-    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
-    document["train"] = document["train"] | {"trackers": ["wandb"]}
-    with pytest.raises(ConfigError, match=r"pip install 'finetune\[wandb\]'"):
-        train(make_run(document))
