@@ -16,6 +16,7 @@ from finetune.run_files import load_run, make_run
 
 if TYPE_CHECKING:
     from finetune.artifact import build_artifact
+    from finetune.console import ConsoleReporter
     from finetune.data.upkeep import inspect_cache, prune_cache
     from finetune.demo.job import run_demo
     from finetune.demo.twin_job import run_twin_demo
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _ON_DEMAND = {
+    "ConsoleReporter": "finetune.console",
     "Resume": "finetune.training.resume",
     "Wanted": "finetune.sampling.wanted",
     "build_artifact": "finetune.artifact",
@@ -71,6 +73,7 @@ _ON_DEMAND = {
 """Public names whose modules import torch; loaded on first use, so that `finetune --help` answers at once."""
 
 __all__ = [
+    "ConsoleReporter",
     "Resume",
     "Run",
     "Wanted",

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from finetune.config import Run
-from finetune.data.folder import check_folder
+from finetune.data.folder import check_folder, check_output
 from finetune.errors import ConfigError, UserError
 from finetune.families.places import check_place
 from finetune.header import read_header
@@ -31,6 +31,7 @@ def training(run: Run, how: resume.Resume) -> None:
     first = os.environ.get("RANK", "0") == "0"
     _all(
         partial(check_place, run.model.base),
+        partial(check_output, run.output_dir, run.data.folder),
         partial(check_folder, "data.folder", run.data.folder),
         *([partial(check_free, run.output_dir)] if first else []),
         partial(resume.check, run, how),
@@ -41,6 +42,7 @@ def planning(run: Run) -> None:
     """Refuse what `training` would, but for a run that is under way."""
     _all(
         partial(check_place, run.model.base),
+        partial(check_output, run.output_dir, run.data.folder),
         partial(check_folder, "data.folder", run.data.folder),
         partial(resume.check, run, resume.Resume()),
     )

@@ -45,7 +45,7 @@ class _Job:
     column: int
 
 
-def sample(model: ModelConfig, wanted: Wanted, output: Path, reporter: Reporter | None = None) -> list[Path]:
+def sample(model: ModelConfig, wanted: Wanted, output: str | Path, reporter: Reporter | None = None) -> list[Path]:
     """Make the pictures that are not there yet; their paths in order of row, prompt and seed.
 
     Several pictures also come as one sheet, sheet.png. A picture's name carries a digest of everything that decides its
@@ -54,7 +54,7 @@ def sample(model: ModelConfig, wanted: Wanted, output: Path, reporter: Reporter 
     Raises:
         UserError: naming everything that is wrong with the request at once.
     """
-    reporter = reporter or Reporter()
+    reporter, output = reporter or Reporter(), Path(output)
     check(model, wanted, output)
     studio = open_studio(model, wanted, reporter)
     jobs = _jobs(studio, model, wanted, output)

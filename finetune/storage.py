@@ -18,7 +18,7 @@ import secrets
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,8 @@ DTYPE_NAMES = {
     "bool": "BOOL",
 }
 """torch number format -> its name in a safetensors header."""
+LONGEST_STEM = 180
+"""Bytes of a file's own name in the name of what is written beside it; file systems take 255 in all."""
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR}
 
 
@@ -255,12 +257,14 @@ def _replacing(path: Path, size: int) -> Iterator[Path]:
     except OSError as error:
         raise _storage_error(path, size, error) from error
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):  # what went wrong before is what is told
+            beside.unlink(missing_ok=True)
 
 
 def _beside(path: Path, kind: str) -> Path:
     # keep: process numbers repeat across containers that share a disk.
-    return path.parent / f".{path.name}.{kind}-{os.getpid()}-{secrets.token_hex(4)}"
+    name = path.name.encode()[:LONGEST_STEM].decode(errors="ignore")
+    return path.parent / f".{name}.{kind}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
 def _open_new(name: str, flags: int) -> int:

@@ -256,3 +256,9 @@ def test_a_yaml_error_names_its_line(tmp_path):
     path.write_text("model:\n  base: demo\n data: {\n")
     with pytest.raises(ConfigError, match="line 3: "):
         load_run(path)
+
+
+def test_names_too_long_for_a_file_are_refused():
+    """Else the export fails after hours of training."""
+    with pytest.raises(ConfigError, match=r"too long for a file; set export\.name"):
+        make_run(SMALL | {"output_dir": "runs/" + "x" * 230})

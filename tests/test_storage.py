@@ -194,3 +194,11 @@ def test_only_errors_of_the_disk_become_storage_errors(tmp_path):
 def test_sha256_file(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     assert storage.sha256_file(tmp_path / "a").startswith("ba7816bf8f01cfea")
+
+
+def test_names_as_long_as_the_system_takes_are_written(tmp_path):
+    """What is written beside a file first has a longer name than the file."""
+    storage.write_json(tmp_path / ("x" * 250 + ".json"), {"a": 1})
+    with pytest.raises(StorageError):
+        storage.write_json(tmp_path / ("x" * 251 + ".json"), {"a": 1})
+    assert len(list(tmp_path.iterdir())) == 1

@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from finetune.config.run import Run
 
 
+LONGEST_NAME = 200
+"""Bytes of an export's name; file systems take 255 with what is put behind it."""
+
+
 def has_word(text: str, word: str) -> bool:
     """Whether a word or phrase stands in a text as such: sks in "a sks, running", but not in "desks"."""
     return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text) is not None
@@ -59,6 +63,11 @@ def trigger(run: Run) -> list[str]:
 def export_name(run: Run) -> list[str]:
     """The file for ComfyUI and A1111 must not take the diffusers file's name."""
     name = run.export.name
+    if len(run.export_name().encode()) > LONGEST_NAME:
+        return [
+            f"exports would be called {run.export_name()[:40]}..., which is too long for a file; set export.name to at "
+            f"most {LONGEST_NAME} letters"
+        ]
     if not name or not (name == "pytorch_lora_weights" or name.endswith(".")):
         return []
     return [

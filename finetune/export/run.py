@@ -28,8 +28,8 @@ from finetune.tracking import Reporter
 
 
 def export_run(
-    run_folder: Path, run: Run, output: Path | None = None, reporter: Reporter | None = None, *, force: bool = False,
-    source: Path | None = None, lossy: int | None = None, program: str = "",
+    run_folder: str | Path, run: Run, output: str | Path | None = None, reporter: Reporter | None = None, *,
+    force: bool = False, source: Path | None = None, lossy: int | None = None, program: str = "",
 ) -> list[Exported]:
     """Export the adapter that a run left, and read every file back.
 
@@ -48,6 +48,7 @@ def export_run(
         CheckpointError: if the run is not finished, or its base model is not the one it was trained on.
         ExportError: if a format cannot be had; the others are there then, and it says how to get what is missing.
     """
+    run_folder, output = Path(run_folder), Path(output) if output else None
     path = source or finished_adapter(run_folder)
     file = AdapterFile.read(path)
     beside = ["embeddings"] if file.header.tokens else []

@@ -244,7 +244,11 @@ def _advice(job: Job) -> list[str]:
         if (component, projection) not in trained
     ]
     if not missing:
-        return ["leave this format out, and report this."]
+        narrow = "" if job.dtype == torch.float32 else (
+            f"a change as small as a few steps at a low learning rate make is lost in {job.dtype_name}: train on, or "
+            "export with --dtype fp32 (export.dtype=fp32); else "
+        )  # fmt: skip
+        return [f"{narrow}leave this format out, and report this."]
     return [f"diffusers needs all attention projections: train {', '.join(missing)} too, or leave this out."]
 
 

@@ -101,7 +101,7 @@ class Facts:
         return asdict(self)
 
 
-def inspect_file(path: Path, base: Path | None = None, *, hashes: bool = False, norms: bool = True) -> Facts:
+def inspect_file(path: str | Path, base: Path | None = None, *, hashes: bool = False, norms: bool = True) -> Facts:
     """Look into an adapter, a checkpoint or an embedding.
 
     Args:
@@ -114,6 +114,7 @@ def inspect_file(path: Path, base: Path | None = None, *, hashes: bool = False, 
         ConfigError: if there is nothing of the kind.
         CheckpointError, UnsafeError: if the file is damaged, hostile or a pickle.
     """
+    path = Path(path)
     sources = open_sources(path, from_base(base) if base else None)
     headers = [source.header for source in sources]
     entries = [entry for header in headers for entry in header.tensors.values()]

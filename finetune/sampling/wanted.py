@@ -78,6 +78,8 @@ class Wanted:
     def problems(self) -> list[str]:
         """What cannot be done, whatever the base is."""
         found = []
+        if isinstance(self.prompts, str):
+            return [f"prompts={self.prompts!r} is one text, read as one prompt a letter; write a tuple."]
         if not self.prompts:
             found.append("there is no prompt; write one, or name a file with --prompts.")
         found += prompt_problems(self.prompts)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch import nn
+from torch import Tensor, nn
 
 from finetune.adapters import AdapterFile, AdapterSet
 from finetune.config import Run
 from finetune.data.batch import Batch, Collator
 from finetune.data.sampler import Draw, Sampler
-from finetune.errors import StoppedOnRequest
+from finetune.errors import NumericError, StoppedOnRequest, first_few
 from finetune.families import Components, ModelFamily
 from finetune.objectives import Objective
 from finetune.rng import seed_libraries
@@ -239,6 +241,21 @@ def _record(loop: Loop, log: MetricsLog | None, step: int, values: dict[str, Any
     loop.trackers.log(step, values)
 
 
+def require_finite(step: int, *parts: Mapping[str, Tensor]) -> None:
+    """Refuse to save numbers that nothing can go on from.
+
+    Raises:
+        NumericError: naming the tensors.
+    """
+    broken = [name for part in parts for name, tensor in part.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise NumericError(
+            f"The weights are no longer finite after step {step}, though every gradient was: the optimizer made them "
+            "so. Nothing of it is saved; checkpoints hold the last good state.",
+            [*first_few(broken), "lower optimizer.learning_rate, take another optimizer, or model.dtype=fp32"],
+        )
+
+
 def save(loop: Loop) -> None:
     """Write a checkpoint; only the main process does."""
     if not loop.accelerator.is_main_process:
@@ -250,6 +267,7 @@ def save(loop: Loop) -> None:
     files: dict[str, Contents] = {"adapter": loop.adapter_file(None), "optimizer": tensors}
     if loop.mean:
         files["ema"] = loop.adapter_file(loop.mean)
+    require_finite(loop.state.step, *(file.tensors for file in files.values() if isinstance(file, AdapterFile)))
     documents = loop.documents | {
         "optimizer": scalars, "validation": loop.history.document(), "meter": loop.meter.document()
     }  # fmt: skip

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from data_tools.errors import counted
 from finetune.config import Run
-from finetune.data.dataset import Picture
+from finetune.data.dataset import Picture, dataset_changes, fingerprint
 from finetune.data.sampler import Item, Sampler
 from finetune.families.base import Conditioning, ModelFamily, SizeConditioning
 from finetune.families.frozen import host_bytes
 from finetune.tracking import Reporter, Rows
 from finetune.training import build, plan, preflight, resume, setup
 from finetune.training.build_data import encoded_at_once
+from finetune.training.checkpoint import Found
 from finetune.training.lock import hold
 from finetune.training.loop import one_step
 from finetune.training.lr_schedules import learning_rates
@@ -55,7 +56,7 @@ def plan_run(run: Run, reporter: Reporter, measure: int = 0) -> None:
     rows += [*plan.data_rows(run, loaded.cut, loaded.pictures), *_class_rows(run), *loaded.adapters.describe()]
     rows += plan.step_rows(run, sampler, processes, optimizer, loaded.adapters.told_rates())
     if found is not None:
-        rows.append(("There already", f"{found.path.name}; `finetune train` goes on from it"))
+        rows.append(("There already", _already(run, found, loaded)))
     reporter.table("Plan", rows)
     plan.tell_problems(reporter, loaded.pictures)
     for note in optimizer.notes:
@@ -69,6 +70,15 @@ def plan_run(run: Run, reporter: Reporter, measure: int = 0) -> None:
         reporter.table("Time", _measured(run, reporter, measure))
     else:
         reporter.note("Time depends on the machine: `finetune plan ... --measure 5` times five real steps.")
+
+
+def _already(run: Run, found: Found, loaded: Loaded) -> str:
+    """What `finetune train` will do with the run that is there."""
+    changes = dataset_changes(found.documents["dataset"], fingerprint(loaded.pictures.training))
+    if changes:
+        return f"{found.path.name}; `finetune train` refuses it, for the pictures have changed: {'; '.join(changes)}"
+    left = run.train.steps - found.state.step
+    return f"{found.path.name}; `finetune train` goes on from it, {counted(left, 'step')} left"
 
 
 def _items(run: Run, loaded: Loaded) -> list[Item]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from finetune.adapters import AdapterSet
 from finetune.config import Run
-from finetune.data.folder import check_folder
+from finetune.data.folder import check_folder, check_output
 from finetune.errors import ConfigError
 from finetune.objectives import own
 from finetune.training import sharding
@@ -56,6 +56,7 @@ def check(run: Run) -> None:
             problems.append(f"objective.{name}={path}: {error}.")
     if problems:
         raise ConfigError("The run cannot start:", problems)
+    check_output(run.output_dir, run.data.folder)
     check_folder("data.folder", run.data.folder)
 
 

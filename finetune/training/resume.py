@@ -93,10 +93,12 @@ def refuse_other(name: str, document: dict[str, Any], run: Run) -> None:
     )
     changed = differences(before, run)
     if changed:
-        if any(line.startswith("train.steps ") for line in changed):
+        if run.train.steps > before.train.steps:
+            finished = run.output_dir / ADAPTER_FILE
+            first = "" if finished.is_file() else "finish this run as it is, then "
             changed.append(
-                "to train longer: the curve of the learning rate was planned for these steps, so begin a run in "
-                f"another output_dir with adapter.start_from={run.output_dir / ADAPTER_FILE}"
+                f"to train longer: the curve of the learning rate was planned for these steps, so {first}begin a run "
+                f"in another output_dir with adapter.start_from={finished}"
             )
         raise CheckpointError(
             f"{run.output_dir} holds a checkpoint of another run. Set these back, or choose another output_dir:",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from finetune.storage import disk_errors
 from finetune.tracking import Reporter
 from finetune.training import preflight, setup
 from finetune.training.lock import hold
-from finetune.training.loop import Loop, run_loop, show_sheet, validate
+from finetune.training.loop import Loop, require_finite, run_loop, show_sheet, validate
 from finetune.training.resume import Resume
 from finetune.training.signals import Requests, part, requests_from_signals
 from finetune.training.trackers import start_trackers
@@ -44,14 +44,14 @@ class TrainResult:
     """
 
     output_dir: Path
-    adapter: AdapterFile
+    adapter: AdapterFile = field(repr=False)
     steps: int
     seconds: float
     validation: Ratio | None
     judged_on: str
     family: ModelFamily
-    components: Components
-    adapters: AdapterSet
+    components: Components = field(repr=False)
+    adapters: AdapterSet = field(repr=False)
     is_main_process: bool
 
     def let_go(self) -> None:
@@ -132,6 +132,7 @@ def _finish(loop: Loop) -> TrainResult:
         loop.adapters.load(loop.adapter_file(loop.mean).tensors)
     show_sheet(loop, loop.state.step)
     file = loop.adapter_file(None)
+    require_finite(loop.state.step, file.tensors)
     if loop.validator and loop.validation is None:
         loop.mean = None  # its values are in place now
         validate(loop)

@@ -40,6 +40,7 @@ REFUSED = {
     "sample --from {tmp}/plain.png": (2, "does not say how it was made"),
     "train {tmp}/run.yaml --set data.folder={tmp}/nope --set model.base=nosuch": (2, "nor a hub id"),
     "train {tmp}/run.yaml --set data.folder={tmp}/nope": (3, "is no folder of pictures"),
+    "train {tmp}/run.yaml --set data.folder={tmp} --set output_dir={tmp}/x": (2, "lies in data.folder="),
     "train {tmp}/run.yaml --resume nevr": (2, "did you mean never?"),
     "demo --family sdx": (2, "did you mean sdxl?"),
     "train {tmp}/run.yaml --resume must": (4, "holds no checkpoint"),

@@ -169,6 +169,24 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_pictures(document
     assert [p.name for p in run.glob("checkpoint-*")] == ["checkpoint-000002"]
 
 
+def test_weights_that_an_optimizer_spoils_are_never_saved(document, tmp_path, monkeypatch):
+    """A checkpoint of NaN would be resumed for ever, and the good one before it rotated out."""
+    (tmp_path / "spoiling.py").write_text(
+        "import torch\n\n\nclass Late(torch.optim.SGD):\n    count = 0\n\n    def step(self, closure=None):\n"
+        "        super().step(closure)\n        self.count += 1\n        if self.count == 3:\n"
+        "            self.param_groups[0]['params'][0].data.fill_(float('nan'))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    document |= {"optimizer": {"name": "spoiling.Late", "learning_rate": 1e-3}, "validation": {"every": 0}}
+    document["train"] |= {"steps": 5, "log_every": 1, "gradient_accumulation_steps": 1}
+    document["checkpoint"] = {"every": 1, "keep": 1}
+    with pytest.raises(NumericError, match="after step 3, though every gradient was: the optimizer"):
+        train(make_run(document))
+    run = Path(document["output_dir"])
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-000002"]
+    assert not (run / "adapter.safetensors").exists()
+
+
 def test_user_errors_are_words_not_tracebacks(document, tmp_path, capsys, monkeypatch):
     """What, where, why, what to do; exit code by kind; nothing half-made."""
     path = tmp_path / "run.yaml"
