@@ -10,7 +10,7 @@ from typing import Any
 
 from data_tools import buckets, scan
 from data_tools.buckets import Placement
-from data_tools.errors import RefusedError, grouped
+from data_tools.errors import RefusedError, counted, grouped
 from data_tools.files import read_regular
 from data_tools.fingerprints import sha256
 from data_tools.images import MAX_FILE_BYTES
@@ -153,7 +153,17 @@ def load_pictures(
     pictures = [
         _settle(folder, record, place, reading) for record, place in zip(records, placements, strict=True)
     ]
-    return pictures, [*(p for p in result.problems if p.severity != "error"), *left_out, *slow]
+    found = [problem for problem in result.problems if problem.severity != "error"]
+    return pictures, [*found, *left_out, *_conversions(records), *slow]
+
+
+def _conversions(records: Sequence[ImageRecord]) -> list[Problem]:
+    """What had to be done to pictures to read them, such as alpha, rotation and frames: once for all that are alike."""
+    counts = Counter(note for record in records for note in record.notes)
+    return [
+        Problem("", f"{counted(count, 'picture')}: {note}", "that is how it was read", "", "note")
+        for note, count in sorted(counts.items())
+    ]
 
 
 def _memory(folder: Path, background: Colour) -> tuple[Memory | None, list[Problem]]:

@@ -291,7 +291,9 @@ def _failing_functions(objective: Objective) -> Iterable[str]:
             wrong = list(trials[name]())
         except own.OwnFunctionError as error:
             wrong = [str(error)]
-        # keep: a function of the user's own can fail in any way.
+        except ConfigError as error:
+            wrong = [error.headline]
+        # keep: what an own function returns can be anything, and fail in what is done with it.
         except Exception as error:
             wrong = [f"it fails: {type(error).__name__}: {error}"]
         yield from (f"objective.{name}={path}: {what}." for what in wrong)

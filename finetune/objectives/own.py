@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from finetune.by_path import import_by_path
+from finetune.errors import ConfigError
 
 TRIED = 64
 """Pictures, or quantiles, of a trial."""
@@ -43,7 +45,26 @@ def function(path: str) -> Callable[..., Any]:
         raise OwnFunctionError(f"it cannot be imported: {error}") from error
     if not callable(found):
         raise OwnFunctionError(f"it is no function but of type {type(found).__name__}")
-    return found
+    return _answering(path, found)
+
+
+def _answering(path: str, own: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, whose failure says where in the user's file it happened instead of where it was called."""
+
+    @functools.wraps(own)
+    def call(*arguments: Any, **named: Any) -> Any:
+        try:
+            return own(*arguments, **named)
+        except Exception as error:  # a function of the user's own can fail in any way
+            file = own.__code__.co_filename if inspect.isfunction(own) else ""
+            lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+            where = f" in {Path(file).name}, line {lines[-1]}" if lines else ""
+            raise ConfigError(
+                f"{path} fails{where}: {type(error).__name__}: {error}",
+                ["checkpoints hold the last good state; they go on only with the code that they were made with"],
+            ) from error
+
+    return call
 
 
 def listed(table: Mapping[str, Callable[..., Tensor]], name: str) -> Callable[..., Tensor]:

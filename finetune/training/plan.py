@@ -15,9 +15,9 @@ from finetune.training.optimizers import BuiltOptimizer
 def tell_problems(reporter: Reporter, pictures: Pictures) -> None:
     """What the scan found that does not stop the run."""
     for problem in pictures.problems:
-        (reporter.warn if problem.severity == "warning" else reporter.note)(
-            f"{problem.file_name}: {problem.what}; {problem.remedy}"
-        )
+        told = "; ".join(part for part in (problem.what, problem.remedy) if part)
+        say = reporter.warn if problem.severity == "warning" else reporter.note
+        say(f"{problem.file_name}: {told}" if problem.file_name else told)
 
 
 def data_rows(run: Run, cut: Cut, pictures: Pictures) -> list[tuple[str, str]]:

@@ -202,3 +202,12 @@ def test_what_must_be_imported_first_is_told_with_the_command(pictures, tmp_path
     check_folder("data.folder", pictures)
     with pytest.raises(DataToolsError, match=r"no picture in .*finetune data import .*shards"):
         load_pictures(tmp_path / "shards", CUT)
+
+
+def test_what_was_done_to_pictures_to_read_them_is_told_once(folder):
+    """A frame chosen or a background put behind them is a decision about the training data."""
+    for i in range(2):
+        Image.new("RGBA", (64, 64), (200, 30, 30, 128)).save(folder / f"clear{i}.png")
+        (folder / f"clear{i}.txt").write_text("a clear picture")
+    told = [problem.what for problem in load_pictures(folder, CUT)[1] if not problem.file_name]
+    assert told == ["2 pictures: alpha composited on white"]

@@ -54,7 +54,8 @@ def test_own_functions_are_what_is_trained_with(module: str) -> None:
         ("weighting", "def f(alpha, sigma, x0_gain, parameters): return alpha.sum()", r"shape \(\) instead of \(64,\)"),
         ("weighting", "def f(alpha, sigma, x0_gain, parameters): return -alpha", "negative weight teaches"),
         ("weighting", "def f(alpha, sigma, x0_gain, parameters): return alpha / 0", "values that are not finite"),
-        ("weighting", "def f(alpha): return alpha", "it fails: TypeError: f"),
+        ("weighting", "def f(alpha): return alpha", "f fails: TypeError: f"),
+        ("weighting", "def f(alpha, *rest):\n    return nothing", r"f fails in own_\d+\.py, line 2: NameError"),
         ("density", "def f(u, parameters): return 2 * u", "levels go from 0"),
         ("density", "def f(u, parameters): return 1 - u", "falls somewhere as the quantile rises"),
         ("loss", "def f(x, y, delta): return ((x - y) ** 2).mean()", r"shape \(\) instead of \(2, 4, 8, 8\)"),
@@ -69,6 +70,18 @@ def test_what_cannot_work_is_said_before_anything_is_paid_for(module: str, field
     Path(f"{module}.py").write_text(text)
     with pytest.raises(ConfigError, match=rf"objective\.{field}={module}\.f: .*{said}"):
         build_objective(SD15, **{field: f"{module}.f"})
+
+
+def test_a_function_that_fails_later_names_its_line(module: str) -> None:
+    """A trial cannot meet every case; hours later it must still be plain whose code it was, and where."""
+    Path(f"{module}.py").write_text(
+        "def loss(prediction, target, delta):\n    if len(prediction) == 3:\n        raise KeyError('late')\n"
+        "    return (prediction - target) ** 2\n"
+    )
+    mine = build_objective(SD15, loss=f"{module}.loss")
+    x0 = torch.zeros(3, 4, 8, 8)
+    with pytest.raises(ConfigError, match=rf"{module}\.loss fails in {module}\.py, line 3: KeyError: 'late'"):
+        mine.loss(x0, x0, x0, torch.tensor([1, 2, 3]))
 
 
 def test_a_module_that_is_not_there_is_said_with_where_to_put_it() -> None:
