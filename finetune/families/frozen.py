@@ -68,6 +68,11 @@ class FrozenConv2d(nn.Conv2d):
 
     compute_dtype: torch.dtype
 
+    def __new__(cls, *arguments: Any, **named: Any) -> Any:
+        """A plain convolution where one is made anew: PEFT makes its own of the type that it finds."""
+        # keep: without arguments it is a copy that is being filled.
+        return nn.Conv2d(*arguments, **named) if arguments or named else super().__new__(cls)
+
     def forward(self, x: Tensor) -> Tensor:
         """See `nn.Conv2d`; the result is in `compute_dtype`."""
         settings = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}

@@ -15,7 +15,9 @@ from finetune.families import Choices, SizeConditioning, load_family
 from finetune.families.frozen import held_in_fp8, host_bytes
 from finetune.families.holding import STORAGE
 from finetune.run_files import ADAPTER_FILE, make_run
+from finetune.tracking import Reporter
 from finetune.training.build_adapters import build_targets
+from finetune.training.planning import plan_run
 from finetune.training.trainer import train
 
 
@@ -97,6 +99,17 @@ def test_weights_in_main_memory_train_the_very_same_adapter(document):
     assert made[0][0] == made[1][0]
     tensors = [load(content) for _, content in made]
     assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
+
+
+@pytest.mark.parametrize("storage", ["host", "fp8"])
+def test_adapters_on_convolutions_are_plain_ones(storage, document):
+    """PEFT makes the two parts of an adapter of the type of the layer it wraps, which here is a frozen one."""
+    document["model"] |= {"storage": storage}
+    document["adapter"] = {"method": "locon", "rank": 2}
+    document["train"] |= {"steps": 1}
+    plan_run(make_run(document), Reporter())
+    file = train(make_run(document)).adapter
+    assert any(tensor.ndim == 4 and bool(tensor.any()) for name, tensor in file.tensors.items() if "lora_B" in name)
 
 
 @pytest.mark.parametrize("name", ["sd1", "sdxl", "sd3", "flux"])
