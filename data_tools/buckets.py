@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from data_tools.errors import DataToolsError, UsageError, shown
-from data_tools.records import ImageRecord
+from data_tools.errors import DataToolsError, Problem, UsageError, counted, stop_for_errors
+from data_tools.records import Focus, ImageRecord
 
 Size = tuple[int, int]
 Crop = Callable[[Size, Size], tuple[int, int]]
@@ -41,10 +41,16 @@ class Placement:
     lost: float
     """Share of the picture that is cropped away, 0 to 1."""
 
+    @property
+    def zoomed(self) -> bool:
+        """Whether the picture is larger than it need be to cover the bucket, so that less of it is seen."""
+        return self.resize[0] > self.bucket[0] and self.resize[1] > self.bucket[1]
+
     def as_json(self) -> dict[str, Any]:
         """Sizes as [width, height], the crop's corner as [left, top], pixels."""
         sizes = {"bucket": self.bucket, "resize": self.resize, "crop_left_top": self.crop_top_left}
-        return {**{name: [across, down] for name, (down, across) in sizes.items()}, "lost": round(self.lost, 6)}
+        pairs = {name: [across, down] for name, (down, across) in sizes.items()}
+        return {**pairs, "lost": round(self.lost, 6), "zoomed": self.zoomed}
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,16 +211,52 @@ def assign(
         UsageError: no buckets.
         DataToolsError: a side is below one multiple and `upscale` is off.
     """
+    return _cover(width, height, _nearest(width / height, width, height, buckets, upscale, multiple), crop)
+
+
+def zoom(
+    width: int,
+    height: int,
+    buckets: Sequence[Size],
+    focus: Focus,
+    *,
+    upscale: bool = False,
+    multiple: int | None = None,
+) -> Placement:
+    """The bucket nearest in shape to what a focus marks, and the resize and crop that fill it with that.
+
+    All of the marked part is seen if a bucket has room for it, and beside it what fills the bucket. Where the part has
+    too few pixels for that, more of its surroundings is seen instead, unless `upscale`.
+
+    Args and Raises: as of `assign`; `focus` has a size.
+    """
+    left, right = max(0.0, focus.x - focus.width / 2), min(1.0, focus.x + focus.width / 2)
+    top, bottom = max(0.0, focus.y - focus.height / 2), min(1.0, focus.y + focus.height / 2)
+    wide, tall = (right - left) * width, (bottom - top) * height
+    bucket = _nearest(wide / tall, width, height, buckets, upscale, multiple)
+    crop = around(((left + right) / 2, (top + bottom) / 2))
+    cover = _cover(width, height, bucket, crop)
+    scale = min(bucket[0] / tall, bucket[1] / wide, math.inf if upscale else 1.0)
+    resize = (round(scale * height), round(scale * width))
+    if min(resize[0] - cover.resize[0], resize[1] - cover.resize[1]) <= 0:
+        return cover
+    return _cut(bucket, resize, crop)
+
+
+def _nearest(
+    shape: float, width: int, height: int, buckets: Sequence[Size], upscale: bool, multiple: int | None
+) -> Size:
+    """The bucket nearest to a shape (width / height) for a picture of that size; see `assign`."""
     if not buckets:
         raise UsageError("There are no buckets to choose from; make_buckets gives them.")
     step = multiple or math.gcd(*(side for bucket in buckets for side in bucket))
-    shape = math.log(width / height)
+    wanted = math.log(shape)
 
     def distance(bucket: Size) -> tuple[float, bool, int]:
         fits = bucket[0] <= height and bucket[1] <= width
         area = bucket[0] * bucket[1]
         # keep: rounded, so that equal shapes tie in spite of the logarithm; the largest that fits is taken.
-        return (round(abs(math.log(bucket[1] / bucket[0]) - shape), 9), not fits, -area if fits or upscale else area)
+        return (round(abs(math.log(bucket[1] / bucket[0]) - wanted), 9), not fits, -area if fits or upscale else area)
 
     bucket = min(buckets, key=distance)
     if not upscale and (bucket[0] > height or bucket[1] > width):
@@ -224,7 +266,7 @@ def assign(
                 f"A picture of {width} x {height} pixels is smaller than one step of {step}; remove it, or "
                 "allow upscaling."
             )
-    return _cover(width, height, bucket, crop)
+    return bucket
 
 
 def _cover(width: int, height: int, bucket: Size, crop: Crop) -> Placement:
@@ -233,34 +275,72 @@ def _cover(width: int, height: int, bucket: Size, crop: Crop) -> Placement:
         resize = (max(bucket[0], (2 * height * bucket[1] + width) // (2 * width)), bucket[1])
     else:
         resize = (bucket[0], max(bucket[1], (2 * width * bucket[0] + height) // (2 * height)))
+    return _cut(bucket, resize, crop)
+
+
+def _cut(bucket: Size, resize: Size, crop: Crop) -> Placement:
     return Placement(bucket, resize, crop(resize, bucket), 1 - bucket[0] * bucket[1] / (resize[0] * resize[1]))
 
 
 def place(
     records: Iterable[ImageRecord], buckets: Sequence[Size], *, upscale: bool = False, multiple: int | None = None
 ) -> list[Placement]:
-    """`assign` for every record, in order; a record with a `focus` is cropped around it, the others in the middle.
+    """Every record's placement, in order: cropped around its `focus`, or zoomed to it; the others in the middle.
 
     Raises:
         DataToolsError: naming every picture that is too small.
     """
-    placements, problems = [], []
+    placements, misfits = fit(records, buckets, upscale=upscale, multiple=multiple)
+    stop_for_errors("These pictures fit no bucket:", misfits)
+    return [placement for placement in placements if placement is not None]
+
+
+def fit(
+    records: Iterable[ImageRecord], buckets: Sequence[Size], *, upscale: bool = False, multiple: int | None = None
+) -> tuple[list[Placement | None], list[Problem]]:
+    """As `place`, with None for every picture that is too small, and why."""
+    placements: list[Placement | None] = []
+    misfits = []
     # keep: a million pictures have a few sizes, and to look through all buckets for each takes longer than all else.
-    known: dict[tuple[object, ...], Placement] = {}
+    known: dict[tuple[object, ...], Placement | None] = {}
     for record in records:
         key = (record.width, record.height, record.focus)
-        try:
-            if key not in known:
-                crop = around(record.focus) if record.focus else centred
-                known[key] = assign(*key[:2], buckets, upscale=upscale, multiple=multiple, crop=crop)
-            placements.append(known[key])
-        except UsageError:
-            raise
-        except DataToolsError as error:
-            problems.append(f"{shown(record.file_name)}: {error.headline}")
-    if problems:
-        raise DataToolsError("These pictures fit no bucket:", problems)
-    return placements
+        if key not in known:
+            try:
+                known[key] = _placed(record, buckets, upscale, multiple)
+            except UsageError:
+                raise
+            except DataToolsError:
+                known[key] = None
+        placements.append(known[key])
+        if known[key] is None:
+            what = f"is {record.width} x {record.height} pixels, smaller than one step of the buckets"
+            why, remedy = "training cannot show it", "remove it, or allow upscaling"
+            misfits.append(Problem(record.file_name, what, why, remedy))
+    return placements, misfits
+
+
+def _placed(record: ImageRecord, buckets: Sequence[Size], upscale: bool, multiple: int | None) -> Placement:
+    size, focus = (record.width, record.height), record.focus
+    if focus is not None and focus.width:
+        return zoom(*size, buckets, focus, upscale=upscale, multiple=multiple)
+    crop = around(focus[:2]) if focus else centred
+    return assign(*size, buckets, upscale=upscale, multiple=multiple, crop=crop)
+
+
+def zoom_notes(records: Iterable[ImageRecord], placements: Iterable[Placement]) -> list[Problem]:
+    """What to tell about pictures of which only a part is seen, on purpose; nothing where there is none."""
+    zoomed = [(record, placement) for record, placement in zip(records, placements, strict=True) if placement.zoomed]
+    if not zoomed:
+        return []
+    limited = sum(placement.resize == (record.height, record.width) for record, placement in zoomed)
+    those = counted(len(zoomed), "picture is", "pictures are")
+    what = f"{those} zoomed to their focus (focus_width and focus_height in the manifest)"
+    remedy = "clear these columns to show all of a picture"
+    if limited:
+        what += f", {limited:,} of them only as far as their own pixels go"
+        remedy += ", or allow upscaling to come nearer"
+    return [Problem("", what, "the rest of the picture is not trained on", remedy, "note")]
 
 
 def plan_table(records: Sequence[ImageRecord], placements: Sequence[Placement]) -> list[BucketRow]:

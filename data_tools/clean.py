@@ -139,7 +139,7 @@ def assist(folder: Path, options: Options, score: Score | None = None) -> None:
         listing = list_folder(place)
         with remembering(place, options.background, options.share) as memory:
             seen = inspect_share(listing, Looking(options.background, options.workers, memory=memory))
-        records = list(seen.records.values())
+        records = list(seen.records())
         _measured(listing.root, records, options)
         if score is not None and place == folder:
             score(listing.root, records)

@@ -8,7 +8,7 @@ arXiv:1307.2982).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
 from typing import Any
@@ -27,7 +27,12 @@ MAX_DISTANCE = 12
 """Bits; beyond, other pictures come as near, and the search takes minutes."""
 MAX_COLOR_STEP = 48
 """Levels of 255 by which any of the 4 x 4 fields of a near copy may differ in any colour: the hash sees no colours."""
-QUARTERS = 4
+QUARTERS = tuple((16 * part, 16) for part in range(4))
+"""First bit and width of the parts of a hash."""
+THIRDS = ((0, 21), (21, 21), (42, 22))
+THIRDS_REACH = 5
+"""Bits up to which two hashes agree in a third but for one bit."""
+MANY = 50_000
 AT_ONCE = 4_000_000
 """Pairs compared at once, to bound memory (about 200 MB)."""
 _BIT_COUNTS = np.array([value.bit_count() for value in range(2**16)], dtype=np.uint8)
@@ -48,15 +53,15 @@ class Copy:
     """It is the other one's mirror image."""
 
 
-def to_hashes(digits: Sequence[str]) -> Hashes:
+def to_hashes(digits: Iterable[str]) -> Hashes:
     """Perceptual hashes written as 16 hex digits -> numbers."""
-    return np.array([int(text or "0", 16) for text in digits], dtype=np.uint64)
+    return np.fromiter((int(text or "0", 16) for text in digits), dtype=np.uint64)
 
 
 def distances(left: Hashes, right: Hashes) -> NDArray[np.uint8]:
     """Number of bits in which hashes differ, element by element."""
     differ = left ^ right
-    parts = [_BIT_COUNTS[(differ >> np.uint64(16 * k)) & np.uint64(0xFFFF)] for k in range(QUARTERS)]
+    parts = [_BIT_COUNTS[(differ >> np.uint64(first)) & np.uint64(0xFFFF)] for first, _ in QUARTERS]
     return parts[0] + parts[1] + parts[2] + parts[3]
 
 
@@ -100,13 +105,15 @@ def near_pairs(
     mine, theirs = left.straight, right.turned if mirrored else right.straight
     colors = right.colors[:, :, ::-1] if mirrored else right.colors
     found = [np.empty(0, dtype=np.int64)]
-    for quarter in range(QUARTERS):
-        shift = np.uint64(16 * quarter)
-        wanted = ((mine >> shift) & np.uint64(0xFFFF)).astype(np.int64)
-        keys = ((theirs >> shift) & np.uint64(0xFFFF)).astype(np.int64)
+    # keep: in many pictures too many share a quarter; a third (21 or 22 bits) has to be as near only up to 5 bits.
+    parts = THIRDS if distance <= THIRDS_REACH and len(theirs) > MANY else QUARTERS
+    for first, width in parts:
+        shift, mask = np.uint64(first), np.uint64(2**width - 1)
+        wanted = ((mine >> shift) & mask).astype(np.int64)
+        keys = ((theirs >> shift) & mask).astype(np.int64)
         by_key = np.argsort(keys, kind="stable")
-        starts = np.searchsorted(keys[by_key], np.arange(2**16 + 1))
-        for flip in _flips(distance // QUARTERS):
+        starts = np.concatenate([[0], np.cumsum(np.bincount(keys, minlength=2**width))])
+        for flip in _flips(distance // len(parts), width):
             flipped = wanted ^ flip
             for some_i, some_j in _expanded(starts[flipped], starts[flipped + 1], by_key):
                 near = distances(mine[some_i], theirs[some_j]) <= distance
@@ -118,10 +125,10 @@ def near_pairs(
     return i, j, distances(mine[i], theirs[j])
 
 
-def _flips(bits: int) -> Iterator[int]:
-    """All 16-bit numbers with at most `bits` ones."""
+def _flips(bits: int, width: int) -> Iterator[int]:
+    """All numbers of `width` bits with at most `bits` ones."""
     for count in range(bits + 1):
-        for places in combinations(range(16), count):
+        for places in combinations(range(width), count):
             yield sum(1 << place for place in places)
 
 

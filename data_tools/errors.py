@@ -71,6 +71,10 @@ class DataToolsError(Exception):
         """The whole message: the headline, then one indented line per problem."""
         return "\n".join([self.headline, *(f"  - {problem}" for problem in self.problems)])
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows in place of a traceback."""
+        return self.text().splitlines()
+
 
 class UsageError(DataToolsError):
     """An option or argument that cannot be followed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import stat
@@ -21,6 +22,9 @@ KINDS = (
     (stat.S_ISBLK, "a device"),
 )
 
+NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
+"""What a file system answers that cannot sync a folder, such as a mounted cloud drive."""
+
 
 def kind_of(mode: int) -> str | None:
     """What a file with this `st_mode` is, or None for a regular file."""
@@ -36,12 +40,19 @@ def not_regular(kind: str) -> RefusedError:
     )
 
 
-def read_regular(path: Path, max_bytes: int) -> bytes:
+def read_regular(path: Path | str, max_bytes: int) -> bytes:
     """All bytes of a regular file; a pipe, socket or device is refused without waiting for it.
 
     Raises:
         RefusedError: not a regular file, larger than `max_bytes`, or the system will not let it be read.
     """
+    with open_regular(path, max_bytes) as file:
+        return file.read()
+
+
+@contextlib.contextmanager
+def open_regular(path: Path | str, max_bytes: int) -> Iterator[BinaryIO]:
+    """As `read_regular`, for what is read bit by bit."""
     try:
         # keep: O_NONBLOCK, because opening a named pipe without it waits for a writer that may never come.
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
@@ -56,14 +67,19 @@ def read_regular(path: Path, max_bytes: int) -> bytes:
                     f"files above {max_bytes:,} bytes are not read",
                     "save a smaller version, or move it out of the folder",
                 )
-            return file.read()
+            yield file
     except OSError as error:
-        raise RefusedError(
-            f"cannot be read ({error.strerror or error})",
-            "its bytes are needed to check it",
-            "mend its permissions or the disk, or move it out of the folder",
-            STORAGE,
-        ) from error
+        raise unread(error) from error
+
+
+def unread(error: OSError) -> RefusedError:
+    """The refusal of a file that is gone, or that the system will not let be read."""
+    return RefusedError(
+        f"cannot be read ({error.strerror or error})",
+        "its bytes are needed to check it",
+        "mend its permissions or the disk, or move it out of the folder",
+        STORAGE,
+    )
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -82,8 +98,9 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        # keep: mkstemp makes files that only their owner can read.
-        os.chmod(temporary, 0o644)
+        # keep: mkstemp makes files that only their owner can read; a mounted drive may have no modes to change.
+        with contextlib.suppress(PermissionError):
+            os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -116,5 +133,8 @@ def _sync_folder(folder: Path) -> None:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(handle)
+        except OSError as error:
+            if error.errno not in NO_FOLDER_SYNC:
+                raise
         finally:
             os.close(handle)

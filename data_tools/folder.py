@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import heapq
 import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from data_tools.errors import STORAGE, UNSAFE, Problem, UsageError, shown
@@ -15,9 +18,11 @@ from data_tools.files import kind_of, not_regular
 from data_tools.images import SUFFIXES
 from data_tools.masks import find_masks
 from data_tools.names import stem, suffix
+from data_tools.shelves import Index, Lookup, Shelf
 
 SIDECARS = (".txt", ".caption", ".json")
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+SORTED_AT_ONCE = 20_000
 OWN = ".finetune"
 """What an import remembers lies here, in the folder it fills."""
 # Source: "Naming Files, Paths, and Namespaces", Windows documentation.
@@ -33,17 +38,35 @@ class Listing:
     """The files of one folder, as paths relative to `root` with forward slashes, in `order`."""
 
     root: Path
-    pictures: list[str] = field(default_factory=list)
-    sidecars: list[str] = field(default_factory=list)
+    pictures: Sequence[str] = field(default_factory=Shelf)
+    sidecars: Sequence[str] = field(default_factory=Shelf)
     metadata: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     masks: dict[str, str] = field(default_factory=dict)
     """Picture -> mask, found by name; masks are not among `pictures`."""
 
+    @cached_property
+    def by_stem(self) -> Lookup[str]:
+        """Pictures by their names without ending."""
+        return Lookup(self.pictures, stem)
+
 
 def order(names: Iterable[str]) -> list[str]:
     """Names by code points of their composed (NFC) form, equal on all systems; img10 comes before img2."""
-    return sorted(names, key=lambda name: (name if name.isascii() else unicodedata.normalize("NFC", name), name))
+    return sorted(names, key=_rank)
+
+
+def _rank(name: str) -> tuple[str, str]:
+    return (name if name.isascii() else unicodedata.normalize("NFC", name), name)
+
+
+def _in_order(names: Iterable[str]) -> Iterator[str]:
+    """As `order`, for more names than memory should hold: sorted in runs, which are then merged."""
+    left = iter(names)
+    runs = []
+    while run := list(islice(left, SORTED_AT_ONCE)):
+        runs.append(Shelf(order(run)))
+    return heapq.merge(*runs, key=_rank) if len(runs) > 1 else iter(runs[0] if runs else ())
 
 
 def list_folder(folder: Path) -> Listing:
@@ -62,24 +85,45 @@ def list_folder(folder: Path) -> Listing:
             + (" (archives, parquet and TOML files: finetune data import)." if root.exists() else ".")
         )
     listing = Listing(root.resolve())
-    for name in order(_walk(listing.root, "", listing.problems)):
-        _sort_in(name, listing)
+    pictures, sidecars, folded = Shelf[str](), Shelf[str](), Index()
+    for name in _in_order(_walk(listing.root, "", listing.problems)):
+        ending = suffix(name)
+        if ending in SUFFIXES:
+            pictures.append(name)
+            folded.add(_folded(name))
+            listing.problems.extend(_odd_name(name))
+        elif ending in SIDECARS:
+            sidecars.append(name)
+        else:
+            _sort_in(name, listing)
+    listing.problems.sort(key=lambda problem: _rank(problem.file_name))
+    listing.pictures, listing.sidecars = pictures, sidecars
     _leave_aside_other_json(listing)
-    listing.problems.extend(_case_clashes(listing.pictures))
-    listing.problems.extend(_names_of_other_systems(listing.pictures))
-    listing.problems.extend(_split_names(listing.pictures))
+    listing.problems.extend(_case_clashes(pictures, folded))
     found = find_masks(listing.pictures)
     listing.masks, no_pictures = found.of, found.files()
-    listing.pictures = [name for name in listing.pictures if name not in no_pictures]
+    if no_pictures:
+        listing.pictures = Shelf(name for name in listing.pictures if name not in no_pictures)
     listing.problems.extend(found.problems)
     return listing
 
 
 def _walk(root: Path, inside: str, problems: list[Problem]) -> Iterator[str]:
-    """Relative names of all usable regular files; the rest goes to `problems`."""
+    """Relative names of all usable regular files, in no order; the rest goes to `problems`."""
+    folders = []
     try:
         with os.scandir(root / inside) as entries:
-            found = sorted(entries, key=lambda entry: entry.name)
+            for entry in entries:
+                if entry.name == OWN:
+                    continue
+                name = f"{inside}/{entry.name}" if inside else entry.name
+                problem = _unusable(root, name, entry)
+                if problem is not None:
+                    problems.append(problem)
+                elif entry.is_dir(follow_symlinks=False):
+                    folders.append(name)
+                else:
+                    yield name
     except OSError as error:
         problems.append(
             Problem(
@@ -90,28 +134,18 @@ def _walk(root: Path, inside: str, problems: list[Problem]) -> Iterator[str]:
                 code=STORAGE,
             )
         )
-        return
-    for entry in found:
-        if entry.name == OWN:
-            continue
-        name = f"{inside}/{entry.name}" if inside else entry.name
-        problem = _unusable(root, name, entry)
-        if problem is not None:
-            problems.append(problem)
-        elif entry.is_dir(follow_symlinks=False):
-            if suffix(name) in SUFFIXES:
-                problems.append(
-                    Problem(
-                        name,
-                        "is a folder named like a picture",
-                        "the pictures inside it are read",
-                        "rename it if that is not meant",
-                        "note",
-                    )
+    for name in folders:
+        if suffix(name) in SUFFIXES:
+            problems.append(
+                Problem(
+                    name,
+                    "is a folder named like a picture",
+                    "the pictures inside it are read",
+                    "rename it if that is not meant",
+                    "note",
                 )
-            yield from _walk(root, name, problems)
-        else:
-            yield name
+            )
+        yield from _walk(root, name, problems)
 
 
 def _unusable(root: Path, name: str, entry: os.DirEntry[str]) -> Problem | None:
@@ -130,7 +164,10 @@ def _unusable(root: Path, name: str, entry: os.DirEntry[str]) -> Problem | None:
         return Problem(name, "has a name that is not UTF-8", "no manifest can name it", "rename it")
     if entry.is_symlink():
         return _bad_link(root, name)
-    kind = None if entry.is_dir(follow_symlinks=False) else kind_of(entry.stat(follow_symlinks=False).st_mode)
+    # keep: these two cost nothing; asking for the mode is a question to the file system for every file.
+    if entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False):
+        return None
+    kind = kind_of(entry.stat(follow_symlinks=False).st_mode)
     if kind is None:
         return None
     usable = suffix(name) in (*SUFFIXES, *SIDECARS)
@@ -166,7 +203,7 @@ def _bad_link(root: Path, name: str) -> Problem | None:
 
 
 def _sort_in(name: str, listing: Listing) -> None:
-    ending = suffix(name)
+    """A file that is neither a picture nor a caption file."""
     if name in METADATA:
         listing.metadata.append(name)
     elif name.rpartition("/")[2] in METADATA:
@@ -179,10 +216,6 @@ def _sort_in(name: str, listing: Listing) -> None:
                 "warning",
             )
         )
-    elif ending in SUFFIXES:
-        listing.pictures.append(name)
-    elif ending in SIDECARS:
-        listing.sidecars.append(name)
     else:
         listing.problems.append(_left_aside(name))
 
@@ -199,17 +232,19 @@ def _left_aside(name: str) -> Problem:
 
 def _leave_aside_other_json(listing: Listing) -> None:
     """A .json file belongs to the dataset only beside a picture of its name."""
-    stems = {stem(name) for name in listing.pictures}
-    other = {name for name in listing.sidecars if name.lower().endswith(".json") and stem(name) not in stems}
-    listing.sidecars = [name for name in listing.sidecars if name not in other]
+    if not any(name.lower().endswith(".json") for name in listing.sidecars):
+        return
+    pictures = Lookup(listing.pictures, stem)
+    other = {name for name in listing.sidecars if name.lower().endswith(".json") and not pictures(stem(name))}
+    listing.sidecars = Shelf(name for name in listing.sidecars if name not in other)
     listing.problems.extend(_left_aside(name) for name in order(other))
 
 
-def _case_clashes(names: list[str]) -> Iterator[Problem]:
+def _case_clashes(names: Sequence[str], folded: Index) -> Iterator[Problem]:
     """Names that become one file on Windows and macOS."""
     same = defaultdict(list)
-    for name in names:
-        same[unicodedata.normalize("NFC", name).casefold()].append(name)
+    for place in folded.repeated():
+        same[_folded(names[place])].append(names[place])
     for group in same.values():
         for name in group[1:]:
             yield Problem(
@@ -221,30 +256,29 @@ def _case_clashes(names: list[str]) -> Iterator[Problem]:
             )
 
 
-def _names_of_other_systems(names: list[str]) -> Iterator[Problem]:
-    for name in names:
-        if WINDOWS.search(name):
-            yield Problem(
-                name,
-                "has a name that Windows cannot hold",
-                "unpacked there, the picture is renamed or lost, and its row names nothing",
-                'leave out < > : " | ? * \\, a blank or dot at the end, and names such as CON',
-                "note",
-            )
+def _folded(name: str) -> str:
+    return (name if name.isascii() else unicodedata.normalize("NFC", name)).casefold()
 
 
-def _split_names(names: list[str]) -> Iterator[Problem]:
-    """Names from which `datasets` guesses splits; it then leaves out all other pictures and all captions."""
-    for name in names:
-        found = SPLIT_WORD.search(name)
-        if found is not None:
-            yield Problem(
-                name,
-                f"has the word {found[1]!r} in its path",
-                "harmless here, but load_dataset('imagefolder') would take it for a split and drop captions",
-                "rename it, or load the folder elsewhere with data_files='**'",
-                "note",
-            )
+def _odd_name(name: str) -> Iterator[Problem]:
+    """What other systems and libraries make of a name; from some `datasets` guesses a split and leaves out the rest."""
+    if WINDOWS.search(name):
+        yield Problem(
+            name,
+            "has a name that Windows cannot hold",
+            "unpacked there, the picture is renamed or lost, and its row names nothing",
+            'leave out < > : " | ? * \\, a blank or dot at the end, and names such as CON',
+            "note",
+        )
+    found = SPLIT_WORD.search(name)
+    if found is not None:
+        yield Problem(
+            name,
+            f"has the word {found[1]!r} in its path",
+            "harmless here, but load_dataset('imagefolder') would take it for a split and drop captions",
+            "rename it, or load the folder elsewhere with data_files='**'",
+            "note",
+        )
 
 
 def inside(name: object) -> str | None:

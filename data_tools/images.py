@@ -6,9 +6,12 @@ Every picture of the toolkit goes through `decode`: size, hash, bucket and train
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
@@ -16,7 +19,7 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 from data_tools.errors import RefusedError
 from data_tools.files import read_regular
 
-DECODER = "1"
+DECODER = "2"
 """Changes when the same bytes give other pixels or other words; what older scans saw is then looked at again."""
 
 with contextlib.suppress(ImportError):
@@ -56,7 +59,12 @@ MIN_SIDE = 8
 """Pixels; the autoencoders of all families shrink by 8, so a smaller picture has no latent at all."""
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 """Behind transparent pixels: white behind pictures, black behind masks, of which these places do not count."""
-AVIF = (b"ftypavif", b"ftypavis")
+MAGIC = re.compile(
+    rb"\x89PNG\r\n|\xff\xd8\xff|GIF8|RIFF....WEBP|BM|II\*\0|MM\0\*|....ftyp(?:avi[fs]|hei[cx]|mif1|msf1)", re.DOTALL
+)
+"""How files of the formats above begin."""
+GAMMA_SLACK = 0.05
+"""Programs write 0.45, 0.4545 and the like and mean sRGB."""
 REPLACE = "copy it again from the original, or remove it"
 Color = tuple[int, int, int]
 
@@ -140,12 +148,13 @@ def _open(data: bytes) -> Image.Image:
     try:
         image = Image.open(BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise _too_large(f"is a decompression bomb ({error})") from error
+        pixels = re.search(r"\d+", str(error))
+        raise _too_large(f"is a decompression bomb ({int(pixels[0]) if pixels else 0:,} pixels)") from error
     except UnidentifiedImageError as error:
-        if data[4:12] in AVIF:
-            raise _damaged(error) from error
-        start = data[:16].decode("ascii", errors="replace")
         heic = data[4:8] == b"ftyp" and "HEIF" not in Image.OPEN
+        if MAGIC.match(data) and not heic:
+            raise RefusedError("has a damaged header, or is cut off", "its size is unknown", REPLACE) from error
+        start = data[:16].decode("ascii", errors="replace")
         raise RefusedError(
             f"is not a picture we can decode (it starts with {start!r})",
             "HEIC needs a plugin" if heic else f"known are {', '.join(FORMATS)}",
@@ -161,8 +170,9 @@ def _open(data: bytes) -> Image.Image:
 
 
 def _damaged(error: Exception) -> RefusedError:
-    what = "is truncated" if "truncated" in str(error).lower() else "is damaged"
-    return RefusedError(f"{what} ({type(error).__name__}: {error})", "parts of the picture would be missing", REPLACE)
+    words = " ".join(str(error).split())
+    what = "is truncated" if "truncated" in words.lower() else f"is damaged ({type(error).__name__}: {words})"
+    return RefusedError(what, "parts of the picture would be missing", REPLACE)
 
 
 def _too_large(what: str) -> RefusedError:
@@ -182,6 +192,8 @@ def _upright_rgb(image: Image.Image, background: Color, notes: list[str]) -> Ima
     left = _orientation(image, notes)
     colors, alpha = _split_alpha(image)
     rgb = _to_srgb(colors, profile, notes)
+    if profile is None:
+        rgb = _to_srgb_gamma(rgb, image.info, notes)
     if alpha is not None and alpha.getextrema() != (255, 255):
         canvas = Image.new("RGB", rgb.size, background)
         canvas.paste(rgb, mask=alpha)
@@ -282,6 +294,18 @@ def _to_srgb(image: Image.Image, profile: bytes | None, notes: list[str]) -> Ima
     if cmyk:
         notes.append("CMYK converted" if image.mode == "RGB" else "CMYK converted without a profile")
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _to_srgb_gamma(image: Image.Image, info: Mapping[Any, Any], notes: list[str]) -> Image.Image:
+    """Apply the exponent that a PNG without a profile may name, as browsers do.
+
+    Source: PNG specification, 4th edition, 11.3.2.2: sample = light ** gamma; sRGB is taken as 1 / 2.2.
+    """
+    gamma = info.get("gamma")
+    if not gamma or "srgb" in info or abs(gamma * 2.2 - 1) < GAMMA_SLACK:
+        return image
+    notes.append(f"PNG gamma {gamma:g} to sRGB")
+    return image.point([round(255 * (value / 255) ** (1 / (2.2 * gamma))) for value in range(256)] * 3)
 
 
 def _through_profile(image: Image.Image, data: bytes) -> tuple[Image.Image, str]:

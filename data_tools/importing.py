@@ -21,7 +21,8 @@ from data_tools.files import storage_errors, whole_file, write_atomic
 from data_tools.folder import METADATA, OWN, inside
 from data_tools.inspection import Progress
 from data_tools.manifest import NAME
-from data_tools.rows import Rows, plain, read_rows
+from data_tools.rows import Row, plain, read_rows
+from data_tools.shelves import NamedShelf
 from data_tools.sources import File, Order, choose
 
 MARK = f"{OWN}/import.json"
@@ -139,16 +140,24 @@ def _write(root: Path, file: File, done: Imported) -> None:
 
 def _write_metadata(root: Path, done: Imported) -> None:
     """Write metadata.jsonl last; rows that an earlier import wrote, and somebody may have edited, stay."""
-    before = read_rows(root, NAME) if (root / NAME).exists() else Rows(NAME)
-    done.problems += before.problems
-    there = {row.values.get("file_name") for row in before.rows}
-    kept = (row.values for row in before.rows)
-    new = (row for row in _new_rows(root, done) if row.get("file_name") not in there)
+    there, before = NamedShelf[None](), []
+    for old in _kept_rows(root):
+        if isinstance(old, Problem):
+            before.append(old)
+        else:
+            there[str(old.values.get("file_name"))] = None
+    done.problems += before
+    kept = (old.values for old in _kept_rows(root) if isinstance(old, Row))
+    new = (row for row in _new_rows(root, done) if str(row.get("file_name")) not in there)
     first = next(new, None)
-    if first is not None and not before.problems:
+    if first is not None and not before:
         with storage_errors(root / NAME), whole_file(root / NAME) as file:
             for row in itertools.chain(kept, [first], new):
                 file.write(_line(row))
+
+
+def _kept_rows(root: Path) -> Iterable[Row | Problem]:
+    return read_rows(root, NAME) if (root / NAME).exists() else ()
 
 
 def _new_rows(root: Path, done: Imported) -> Iterator[dict[str, Any]]:
@@ -157,9 +166,11 @@ def _new_rows(root: Path, done: Imported) -> Iterator[dict[str, Any]]:
         yield from map(json.loads, rows)
     for name in METADATA:
         if (root / OWN / name).exists():
-            found = read_rows(root / OWN, name)
-            done.problems += found.problems
-            yield from (plain(row.values) for row in found.rows)
+            for row in read_rows(root / OWN, name):
+                if isinstance(row, Problem):
+                    done.problems.append(row)
+                else:
+                    yield plain(row.values)
 
 
 def _line(row: Mapping[str, Any]) -> bytes:

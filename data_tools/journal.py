@@ -13,12 +13,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from data_tools.files import storage_errors, write_atomic
+from data_tools.files import storage_errors, whole_file
 from data_tools.processes import Share
 
 VARIABLE = "FINETUNE_CACHE"
 ROOM_FOR_DEAD_LINES = 4
-"""The files are rewritten when they hold more bytes than this many times the living entries."""
+"""The files are rewritten when they hold more lines than this many times the living entries."""
 
 
 def default_folder() -> Path:
@@ -40,6 +40,7 @@ class Journal:
         """
         self.place, self.share = place, share
         self._read_to: dict[Path, int] = {}
+        self._lines = 0
         with storage_errors(place):
             place.mkdir(parents=True, exist_ok=True)
             for path in self._files() if fresh else ():
@@ -49,17 +50,15 @@ class Journal:
     def news(self) -> Iterator[Any]:
         """What was appended since the last call, by all processes."""
         for path in self._files():
-            try:
-                with open(path, "rb") as file:
-                    file.seek(self._read_to.get(path, 0))
-                    data = file.read()
-            except FileNotFoundError:
-                continue
-            whole = data[: data.rfind(b"\n") + 1]
-            self._read_to[path] = self._read_to.get(path, 0) + len(whole)
-            for line in whole.splitlines():
-                with contextlib.suppress(ValueError):
-                    yield json.loads(line)
+            with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+                file.seek(self._read_to.get(path, 0))
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        break
+                    self._read_to[path] = self._read_to.get(path, 0) + len(line)
+                    self._lines += 1
+                    with contextlib.suppress(ValueError):
+                        yield json.loads(line)
 
     def append(self, value: Any) -> None:
         """Write one line, at once.
@@ -70,20 +69,19 @@ class Journal:
         with storage_errors(self.place):
             os.write(self._log, _line(value))
 
-    def compact(self, living: Iterable[Any]) -> None:
-        """Rewrite the files as one that holds `living`, where most of what is in them is dead; alone only."""
-        if self.share.count > 1:
+    def compact(self, living: Iterable[Any], count: int) -> None:
+        """Rewrite the files as one that holds the `count` living entries, where most lines are dead; alone only."""
+        if self.share.count > 1 or not count or self._lines <= ROOM_FOR_DEAD_LINES * count:
             return
-        data = b"".join(map(_line, living))
-        if not data or sum(self._read_to.values()) <= ROOM_FOR_DEAD_LINES * len(data):
-            return
+        own = self.place / _name(0)
         with storage_errors(self.place):
             os.close(self._log)
-            write_atomic(self.place / _name(0), data)
+            with whole_file(own) as file:
+                file.writelines(map(_line, living))
             for path in self._files():
-                if path.name != _name(0):
+                if path != own:
                     path.unlink(missing_ok=True)
-            self._read_to = {self.place / _name(0): len(data)}
+            self._read_to, self._lines = {own: own.stat().st_size}, count
             self._log = self._open()
 
     def close(self) -> None:

@@ -7,23 +7,25 @@ A text of several lines is several captions, as in caption files.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from data_tools.captioners.columns import LOSS_WEIGHT, consumed
 from data_tools.captioners.metadata import parse_row
 from data_tools.errors import DataToolsError, Problem, RefusedError, shown, stop_for_errors
-from data_tools.files import read_regular, whole_file
+from data_tools.files import read_regular, storage_errors, whole_file
 from data_tools.fingerprints import sha256
 from data_tools.folder import METADATA, Listing, list_folder
 from data_tools.images import MAX_FILE_BYTES
 from data_tools.pool import in_threads
-from data_tools.records import ImageRecord
+from data_tools.records import RECORD, ImageRecord
 from data_tools.rows import MASK_COLUMN, Finder, Row, match_rows, read_rows
-from data_tools.verdicts import FOCUS_X, FOCUS_Y, REASONS, VERDICT, columns_of
+from data_tools.shelves import NamedShelf, Shelf
+from data_tools.verdicts import FOCUS_HEIGHT, FOCUS_WIDTH, FOCUS_X, FOCUS_Y, REASONS, VERDICT, columns_of
 
+T = TypeVar("T")
 NAME = "metadata.jsonl"
 OTHERS = tuple(name for name in METADATA if name != NAME)
 SOURCES = ("sidecar", "metadata", "template", "filename", "kohya folder")
@@ -45,7 +47,10 @@ OURS = (
     REASONS,
     FOCUS_X,
     FOCUS_Y,
+    FOCUS_WIDTH,
+    FOCUS_HEIGHT,
 )
+_OURS = frozenset(OURS)
 SCAN_AGAIN = "scan the folder again with --write"
 
 
@@ -57,7 +62,8 @@ def write(folder: Path, records: Iterable[ImageRecord], columns: Mapping[str, Ma
     replaces them, and the value None takes a column out.
 
     Raises:
-        DataToolsError: a metadata.csv or .parquet is there, or the older file cannot be read, or the new one written.
+        DataToolsError: a metadata.csv or .parquet is there, or the older file cannot be read.
+        StorageError: the new one cannot be written.
     """
     root = Path(folder)
     for other in OTHERS:
@@ -66,26 +72,28 @@ def write(folder: Path, records: Iterable[ImageRecord], columns: Mapping[str, Ma
                 f"{shown(str(folder))} holds {other}, and `datasets` refuses a second metadata file; "
                 f"move {other} away (its captions are in the scan)."
             )
-    before = read_columns(root)
-    foreign = {name: _foreign(values) for name, values in before.items()}
-    ordered = [_with_source(record, before.get(record.file_name, {})) for record in records]
+    records = records if isinstance(records, Sequence) else Shelf(records, *RECORD)
+    before = read_columns(root, Listing(root, Shelf(record.file_name for record in records)))
+    ordered, foreign = Shelf[ImageRecord]((), *RECORD), Shelf[dict[str, Any]]()
+    for record in records:
+        values = before.get(record.file_name, {})
+        ordered.append(_with_source(record, values))
+        foreign.append(_foreign(values))
     optional = _optional_columns(ordered)
     extra = columns or {}
-    try:
-        with whole_file(root / NAME) as file:
-            for record in ordered:
-                name = record.file_name
-                row = _merged(_row(record, optional), foreign.get(name, {}), extra.get(name, {}))
-                file.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n")
-    except OSError as error:
-        raise DataToolsError(
-            f"{shown(str(root / NAME))} cannot be written ({error.strerror}); free space or mend the permissions."
-        ) from error
+    with storage_errors(root / NAME), whole_file(root / NAME) as file:
+        for record, others in zip(ordered, foreign, strict=True):
+            row = _merged(_row(record, optional), others, extra.get(record.file_name, {}))
+            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n")
     return root / NAME
 
 
-def read_columns(folder: Path) -> dict[str, dict[str, Any]]:
+def read_columns(folder: Path, listing: Listing | None = None) -> Mapping[str, dict[str, Any]]:
     """All columns of metadata.jsonl as they stand, by file name; empty when there is none.
+
+    Args:
+        folder: the dataset folder.
+        listing: its pictures, where they are known; else they are looked for.
 
     Raises:
         UsageError: no such folder.
@@ -94,11 +102,23 @@ def read_columns(folder: Path) -> dict[str, dict[str, Any]]:
     root = Path(folder)
     if not (root / NAME).exists():
         return {}
-    found = read_rows(root, NAME)
+    unreadable: list[Problem] = []
+    rows = _without(unreadable, read_rows(root, NAME))
+    columns = NamedShelf[dict[str, Any]]()
+    for name, row in _without([], match_rows(rows, Finder(listing or list_folder(root)))):
+        columns[name] = row.values
     why = f"The {NAME} that is there cannot be read, so it is not replaced; mend it or move it away:"
-    stop_for_errors(why, found.problems)
-    matched, _ = match_rows(found.rows, list_folder(root))
-    return {name: dict(row.values) for name, row in matched.items()}
+    stop_for_errors(why, unreadable)
+    return columns
+
+
+def _without(problems: list[Problem], found: Iterable[T | Problem]) -> Iterator[T]:
+    """What is no problem; those go to `problems`."""
+    for each in found:
+        if isinstance(each, Problem):
+            problems.append(each)
+        else:
+            yield each
 
 
 def _merged(row: dict[str, Any], foreign: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,17 +126,25 @@ def _merged(row: dict[str, Any], foreign: Mapping[str, Any], extra: Mapping[str,
     return {key: value for key, value in merged.items() if key not in extra or value is not None}
 
 
-def _optional_columns(records: list[ImageRecord]) -> tuple[str, ...]:
+def _optional_columns(records: Sequence[ImageRecord]) -> tuple[str, ...]:
     """Columns that are written only when a picture needs them; then all rows have them, as Arrow wants it."""
-    tests = {
-        MASK_COLUMN: any(record.mask_file for record in records),
-        LOSS_WEIGHT: any(record.loss_weight != 1 for record in records),
-        VERDICT: any(record.verdict != "keep" for record in records),
-        REASONS: any(record.verdict_reasons for record in records),
-        FOCUS_X: any(record.focus for record in records),
-        FOCUS_Y: any(record.focus for record in records),
-    }
-    return tuple(name for name, needed in tests.items() if needed)
+    needed: set[str] = set()
+    for record in records:
+        needed.update(name for name, test in OPTIONAL.items() if test(record))
+    return tuple(name for name in OPTIONAL if name in needed)
+
+
+OPTIONAL: dict[str, Callable[[ImageRecord], object]] = {
+    MASK_COLUMN: lambda record: record.mask_file,
+    LOSS_WEIGHT: lambda record: record.loss_weight != 1,
+    VERDICT: lambda record: record.verdict != "keep",
+    REASONS: lambda record: record.verdict_reasons,
+    FOCUS_X: lambda record: record.focus,
+    FOCUS_Y: lambda record: record.focus,
+    FOCUS_WIDTH: lambda record: record.focus and record.focus.width,
+    FOCUS_HEIGHT: lambda record: record.focus and record.focus.width,
+}
+"""Columns, and which pictures need them."""
 
 
 def _row(record: ImageRecord, optional: tuple[str, ...]) -> dict[str, Any]:
@@ -139,8 +167,9 @@ def _row(record: ImageRecord, optional: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _foreign(values: dict[str, Any]) -> dict[str, Any]:
-    known = {*OURS, *consumed(values)}
-    return {key: value for key, value in values.items() if key not in known}
+    foreign = values.keys() - _OURS
+    known = consumed(values) if foreign else ()
+    return {key: value for key, value in values.items() if key in foreign and key not in known}
 
 
 def _with_source(record: ImageRecord, before: Mapping[str, Any]) -> ImageRecord:
@@ -149,7 +178,7 @@ def _with_source(record: ImageRecord, before: Mapping[str, Any]) -> ImageRecord:
     return replace(record, source=first) if record.source == "metadata" and first in SOURCES else record
 
 
-def read(folder: Path, *, check_bytes: bool = True) -> list[ImageRecord]:
+def read(folder: Path, *, check_bytes: bool = True) -> Sequence[ImageRecord]:
     """Read and verify a manifest written by `write`, in its order.
 
     Args:
@@ -164,17 +193,19 @@ def read(folder: Path, *, check_bytes: bool = True) -> list[ImageRecord]:
     listing = list_folder(folder)
     if NAME not in listing.metadata:
         raise DataToolsError(f"{shown(str(folder))} has no {NAME}; {SCAN_AGAIN} to make it.")
-    found = read_rows(listing.root, NAME)
-    matched, unmatched = match_rows(found.rows, listing)
-    problems = [*listing.problems, *found.problems, *unmatched]
+    problems = [*listing.problems]
     find = Finder(listing)
-    records: list[ImageRecord] = []
-    for name, row in matched.items():
+    records = Shelf((), *RECORD)
+    told, masks = NamedShelf[None](), set()
+    for name, row in _without(problems, match_rows(read_rows(listing.root, NAME), find)):
+        told[name] = None
         try:
-            records.append(_record(name, row, find))
+            record = _record(name, row, find)
         except RefusedError as refusal:
             problems.append(refusal.problem(f"{name} ({row.place})"))
-    masks = {record.mask_file for record in records}
+        else:
+            records.append(record)
+            masks.add(record.mask_file)
     problems += [
         Problem(
             name,
@@ -183,7 +214,7 @@ def read(folder: Path, *, check_bytes: bool = True) -> list[ImageRecord]:
             f"{SCAN_AGAIN}, or move it out of the folder",
         )
         for name in listing.pictures
-        if name not in matched and name not in masks
+        if name not in told and name not in masks
     ]
     if check_bytes:
         problems += _changed(listing, records)
@@ -221,7 +252,7 @@ def _record(name: str, row: Row, find: Finder) -> ImageRecord:
     )
 
 
-def _changed(listing: Listing, records: list[ImageRecord]) -> list[Problem]:
+def _changed(listing: Listing, records: Sequence[ImageRecord]) -> list[Problem]:
     """Pictures whose bytes differ from those that were scanned; a changed byte often still decodes."""
 
     def check(record: ImageRecord) -> Problem | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from data_tools.images import DECODER, Color, color_name
 from data_tools.journal import VARIABLE, Journal, default_folder
 from data_tools.processes import ALONE, Share
 from data_tools.records import ImageRecord
+from data_tools.shelves import Index, NamedShelf, packing
 
 Outcome = ImageRecord | Problem
 """What looking at one picture gave."""
@@ -36,7 +37,7 @@ class Entry:
     """One line: file, its marks when it was read, whether these can be trusted, digest of its bytes, outcome."""
 
     name: str
-    marks: tuple[int, ...]
+    marks: Sequence[int]
     settled: bool
     digest: str
     said: list[Any]
@@ -46,6 +47,15 @@ class Entry:
         """What was seen in a file; `status` and `read_at` (ns) are from before its bytes were read."""
         settled = read_at - max(status.st_mtime_ns, status.st_ctime_ns) > SETTLED_NS
         return cls(name, marks_of(status), settled, digest, _said(outcome))
+
+    def outcome(self, status: os.stat_result) -> Outcome | None:
+        """What was seen, for a file that nobody has touched since; else None."""
+        if not self.settled or tuple(self.marks) != marks_of(status):
+            return None
+        return _outcome(self.name, self)
+
+
+_ENTRY = packing(Entry)
 
 
 def marks_of(status: os.stat_result) -> tuple[int, ...]:
@@ -80,27 +90,28 @@ class Memory:
         key = f"{os.path.realpath(root)}\n{color_name(background)}\n{PIL.__version__}\n{DECODER}"
         self.share = share or ALONE
         self.journal = Journal((folder or default_folder()) / "scans" / _short(key), self.share, fresh)
-        self.entries: dict[str, Entry] = {}
-        self._by_digest: dict[str, Entry] = {}
+        self.entries: NamedShelf[Entry] = NamedShelf(*_ENTRY)
+        self._by_digest = Index()
         self.refresh()
-        self.journal.compact(map(_values, self.entries.values()))
+        self.journal.compact((_ENTRY[0](entry) for _, entry in self.entries.each()), self.entries.about())
 
     def recall(self, name: str, status: os.stat_result) -> Outcome | None:
         """The outcome for a file that nobody has touched since it was looked at; else None."""
         entry = self.entries.get(name)
-        if entry is None or not entry.settled or entry.marks != marks_of(status):
-            return None
-        return _outcome(name, entry)
+        return None if entry is None else entry.outcome(status)
 
     def knows(self, name: str, status: os.stat_result) -> bool:
         """Whether some process has looked at the file as it is now."""
         entry = self.entries.get(name)
-        return entry is not None and entry.marks == marks_of(status)
+        return entry is not None and tuple(entry.marks) == marks_of(status)
 
     def recall_bytes(self, name: str, digest: str) -> Outcome | None:
         """The outcome for a file of the same bytes, under whatever name; else None."""
-        entry = self._by_digest.get(digest)
-        return None if entry is None else _outcome(name, entry)
+        for place in reversed(self._by_digest.places(digest)):
+            entry = self.entries.nth(place)
+            if entry.digest == digest:
+                return _outcome(name, entry)
+        return None
 
     def keep(self, entry: Entry) -> None:
         """Remember what was seen, for this process and for the others.
@@ -109,19 +120,18 @@ class Memory:
             StorageError: the disk is full.
         """
         self._add(entry)
-        self.journal.append(_values(entry))
+        self.journal.append(_ENTRY[0](entry))
 
     def refresh(self) -> int:
         """Read what was appended since the last call, by all processes; how many entries that was."""
         count = 0
         for value in self.journal.news():
             try:
-                name, marks, settled, digest, said = value
-                entry = Entry(name, tuple(marks), bool(settled), digest, said)
-                whole = len(said) in (PROBLEM_PARTS, RECORD_PARTS)
-            except (ValueError, TypeError):
+                entry = Entry(*value)
+                whole = len(entry.said) in (PROBLEM_PARTS, RECORD_PARTS) and len(entry.marks) > 0
+            except TypeError:
                 continue
-            if whole:
+            if whole and isinstance(entry.name, str) and isinstance(entry.digest, str):
                 self._add(entry)
                 count += 1
         return count
@@ -132,7 +142,7 @@ class Memory:
 
     def _add(self, entry: Entry) -> None:
         self.entries[entry.name] = entry
-        self._by_digest[entry.digest] = entry
+        self._by_digest.add(entry.digest)
 
 
 def open_memory(
@@ -180,7 +190,7 @@ class Numbers:
             StorageError: no writable place, and several processes that would meet there.
         """
         self.share = share or ALONE
-        self.known: dict[str, dict[str, Any]] = {}
+        self.known = NamedShelf[dict[str, Any]]()
         self._journal: Journal | None = None
         try:
             self._journal = Journal((folder or default_folder()) / kind / _short(key), self.share)
@@ -189,7 +199,7 @@ class Numbers:
                 raise
         self.refresh()
         if self._journal is not None:
-            self._journal.compact(map(list, self.known.items()))
+            self._journal.compact(map(list, self.known.each()), self.known.about())
 
     def refresh(self) -> int:
         """Read what was appended since the last call, by all processes; how many entries that was."""
@@ -217,10 +227,6 @@ class Numbers:
 
 def _short(key: str) -> str:
     return hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()[:24]
-
-
-def _values(entry: Entry) -> list[Any]:
-    return [entry.name, entry.marks, entry.settled, entry.digest, entry.said]
 
 
 def _said(outcome: Outcome) -> list[Any]:

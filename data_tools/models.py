@@ -18,6 +18,7 @@ from huggingface_hub.utils.tqdm import enable_progress_bars
 from torch import Tensor
 
 from data_tools.errors import UNSAFE, DataToolsError, UsageError, counted, shown
+from data_tools.hub import only_fetched
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 UNREADABLE = (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError)
@@ -35,7 +36,10 @@ class Source:
 
     def load(self, kind: Any, **more: Any) -> Any:
         """`kind.from_pretrained`, without any code of the model's own."""
-        return kind.from_pretrained(self.place, revision=self.revision or "main", trust_remote_code=False, **more)
+        return kind.from_pretrained(
+            self.place, revision=self.revision or "main", trust_remote_code=False,
+            local_files_only=only_fetched(self.place), **more,
+        )  # fmt: skip
 
     def model(self, kind: Any, device: torch.device) -> Any:
         """The model, whole, on the device and ready to be asked.

@@ -7,9 +7,8 @@ import unicodedata
 
 def suffix(name: str) -> str:
     """The file ending in lower case, with its dot; empty for none and for hidden files."""
-    base = name.rpartition("/")[2]
-    dot = base.rfind(".")
-    return base[dot:].lower() if 0 < dot < len(base) - 1 else ""
+    dot = name.rfind(".")
+    return name[dot:].lower() if name.rfind("/") + 1 < dot < len(name) - 1 else ""
 
 
 def with_suffix(name: str, ending: str) -> str:
@@ -19,5 +18,6 @@ def with_suffix(name: str, ending: str) -> str:
 
 def stem(name: str) -> str:
     """The name without its ending, composed, so that companions may be spelled NFC and NFD."""
-    bare = with_suffix(name, "")
+    dot = name.rfind(".")
+    bare = name[:dot] if name.rfind("/") + 1 < dot < len(name) - 1 else name
     return bare if bare.isascii() else unicodedata.normalize("NFC", bare)

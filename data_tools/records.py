@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
+
+from data_tools.shelves import Packing, packing
 
 Role = Literal["instance", "class"]
 ROLES: tuple[str, ...] = get_args(Role)
 Verdict = Literal["keep", "review", "drop"]
+
+
+class Focus(NamedTuple):
+    """What a crop looks at: shares of the picture's width from the left and of its height from the top, 0 to 1."""
+
+    x: float
+    y: float
+    width: float = 0.0
+    """What a crop zooms to around this point, as a share of the picture's width; 0: it does not zoom."""
+    height: float = 0.0
+    """The same as a share of the height; both are 0 or neither is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,5 +57,10 @@ class ImageRecord:
     """What `clean` or a person decided: "review" is trained on and deserves a look, "drop" is left out of training."""
     verdict_reasons: tuple[str, ...] = ()
     """Why, each with its number and threshold."""
-    focus: tuple[float, float] | None = None
-    """What a crop keeps in its middle: shares of the width from the left and of the height from the top, 0 to 1."""
+    focus: Focus | None = None
+    """What a crop keeps in its middle, and may zoom to."""
+
+
+FOCUS: Packing = (tuple, lambda values: Focus(*values))
+RECORD = packing(ImageRecord, focus=FOCUS)
+"""How records are kept on a shelf."""

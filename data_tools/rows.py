@@ -5,20 +5,21 @@ from __future__ import annotations
 import csv
 import datetime
 import importlib
-import io
 import json
 import math
 import unicodedata
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from decimal import Decimal
+from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data_tools.errors import DATA, UNSAFE, Problem, RefusedError
-from data_tools.files import read_regular
+from data_tools.files import open_regular
 from data_tools.folder import Listing, inside
-from data_tools.text import MAX_TEXT_BYTES, decode_text
+from data_tools.shelves import Lookup, NamedShelf, Shelf
+from data_tools.text import MAX_ROWS_BYTES, open_text
 
 MASK_COLUMN = "mask_file_name"
 """An imagefolder column: `datasets` shows it as a second picture called "mask"."""
@@ -37,27 +38,12 @@ class Row:
     values: dict[str, Any]
 
 
-@dataclass
-class Rows:
-    """The rows of one metadata file, and what could not be read of it."""
-
-    name: str
-    rows: list[Row] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
-
-
-def read_rows(root: Path, name: str) -> Rows:
-    """Read a metadata file; a row that cannot be read becomes a problem with its line and column."""
-    found = Rows(name)
+def read_rows(root: Path, name: str) -> Iterator[Row | Problem]:
+    """The rows of a metadata file, one after the other; one that cannot be read is a problem with line and column."""
     try:
-        for row in PARSERS[PurePosixPath(name).suffix](name, read_regular(root / name, MAX_TEXT_BYTES)):
-            if isinstance(row, Problem):
-                found.problems.append(row)
-            else:
-                found.rows.append(row)
+        yield from PARSERS[PurePosixPath(name).suffix](name, root / name)
     except RefusedError as refusal:
-        found.problems.append(refusal.problem(name))
-    return found
+        yield refusal.problem(name)
 
 
 def json_object(text: str) -> dict[str, Any]:
@@ -82,26 +68,23 @@ def json_object(text: str) -> dict[str, Any]:
     return values
 
 
-def _jsonl(name: str, data: bytes) -> Iterator[Row | Problem]:
-    # keep: not str.splitlines, which also splits at separators that JSON allows in a string.
-    for number, line in enumerate(decode_text(data).split("\n"), start=1):
-        if line.strip():
-            place = f"{name} line {number}"
-            try:
-                yield Row(place, json_object(line))
-            except RefusedError as refusal:
-                yield refusal.problem(place)
+def _jsonl(name: str, path: Path) -> Iterator[Row | Problem]:
+    # keep: not universal newlines, which also split at what JSON allows in a string.
+    with open_text(path, newline="\n") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                place = f"{name} line {number}"
+                try:
+                    yield Row(place, json_object(line.removesuffix("\n")))
+                except RefusedError as refusal:
+                    yield refusal.problem(place)
 
 
-def _parquet(name: str, data: bytes) -> Iterator[Row | Problem]:
+def _parquet(name: str, path: Path) -> Iterator[Row | Problem]:
     parquet = importlib.import_module("pyarrow.parquet")
     try:
-        table = parquet.ParquetFile(io.BytesIO(data))
-        number = 0
-        for batch in table.iter_batches(1024):
-            for values in batch.to_pylist():
-                number += 1
-                yield Row(f"{name} row {number}", values)
+        with open_regular(path, MAX_ROWS_BYTES) as file:
+            yield from _parquet_rows(name, parquet.ParquetFile(file))
     except (OSError, ValueError, RuntimeError, TypeError) as error:  # pyarrow's errors are these
         raise RefusedError(
             f"is not parquet ({str(error).splitlines()[0]})",
@@ -110,8 +93,20 @@ def _parquet(name: str, data: bytes) -> Iterator[Row | Problem]:
         ) from error
 
 
-def _csv(name: str, data: bytes) -> Iterator[Row | Problem]:
-    reader = csv.DictReader(io.StringIO(decode_text(data), newline=""), strict=True)
+def _parquet_rows(name: str, table: Any) -> Iterator[Row]:
+    number = 0
+    for batch in table.iter_batches(1024):
+        for values in batch.to_pylist():
+            number += 1
+            yield Row(f"{name} row {number}", values)
+
+
+def _csv(name: str, path: Path) -> Iterator[Row | Problem]:
+    with open_text(path, newline="") as lines:
+        yield from _csv_rows(name, csv.DictReader(lines, strict=True))
+
+
+def _csv_rows(name: str, reader: csv.DictReader[str]) -> Iterator[Row | Problem]:
     while True:
         try:
             values = next(reader, None)
@@ -156,29 +151,29 @@ def plain(value: Any) -> Any:
     return value
 
 
-def match_rows(rows: list[Row], listing: Listing) -> tuple[dict[str, Row], list[Problem]]:
-    """Which picture each row means: {file_name as on disk: row}, and the rows that mean none or one taken."""
-    matched: dict[str, Row] = {}
-    problems: list[Problem] = []
-    find = Finder(listing)
+def match_rows(rows: Iterable[Row | Problem], find: Finder) -> Iterator[tuple[str, Row] | Problem]:
+    """Which picture each row means: (file_name as on disk, row); or a problem: the rows that mean none or one taken."""
+    places = NamedShelf[str]()
     for row in rows:
+        if isinstance(row, Problem):
+            yield row
+            continue
         try:
             name = find(row.values.get("file_name"))
         except RefusedError as refusal:
-            problems.append(refusal.problem(row.place))
+            yield refusal.problem(row.place)
             continue
-        if name in matched:
-            problems.append(
-                Problem(
-                    row.place,
-                    f"names {name} again, after {matched[name].place}",
-                    "a picture has one row",
-                    "remove one of them; say `repeats` to see it more often",
-                )
-            )
+        before = places.get(name)
+        if before is None:
+            places[name] = row.place
+            yield name, row
         else:
-            matched[name] = row
-    return matched, problems
+            yield Problem(
+                row.place,
+                f"names {name} again, after {before}",
+                "a picture has one row",
+                "remove one of them; say `repeats` to see it more often",
+            )
 
 
 class Finder:
@@ -186,10 +181,22 @@ class Finder:
 
     def __init__(self, listing: Listing) -> None:
         self.listing = listing
-        names = [*listing.pictures, *listing.masks.values()]
-        self.exact = set(names)
-        self.composed = {unicodedata.normalize("NFC", name): name for name in names}
-        self.folded = {name.casefold(): name for name in names}
+        self.names = Shelf([*listing.pictures, *listing.masks.values()]) if listing.masks else listing.pictures
+
+    @cached_property
+    def exact(self) -> Lookup[str]:
+        """By the very name."""
+        return Lookup(self.names, str)
+
+    @cached_property
+    def composed(self) -> Lookup[str]:
+        """By the composed form of the name."""
+        return Lookup(self.names, partial(unicodedata.normalize, "NFC"))
+
+    @cached_property
+    def folded(self) -> Lookup[str]:
+        """By the name in lower case."""
+        return Lookup(self.names, str.casefold)
 
     def __call__(self, written: object) -> str:
         """The file meant by `written`; NFC and NFD spellings of a name are the same name.
@@ -209,15 +216,15 @@ class Finder:
                 "copy the picture into the folder and name it relative to it",
                 UNSAFE if isinstance(written, str) and written.strip() else DATA,
             )
-        found = name if name in self.exact else self.composed.get(unicodedata.normalize("NFC", name))
-        if found is not None:
-            return found
-        near = self.folded.get(name.replace("\\", "/").casefold())
-        if near is not None:
+        found = self.exact(name) or self.composed(unicodedata.normalize("NFC", name))
+        if found:
+            return found[-1]
+        near = self.folded(name.replace("\\", "/").casefold())
+        if near:
             raise RefusedError(
-                f"names {name!r}, but the file is called {near!r}",
+                f"names {name!r}, but the file is called {near[-1]!r}",
                 "other systems tell the two apart",
-                f"write {near!r}",
+                f"write {near[-1]!r}",
             )
         known = next((problem for problem in self.listing.problems if problem.file_name == name), None)
         if known is not None:

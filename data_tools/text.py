@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import codecs
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import TextIOWrapper
+from pathlib import Path
+from typing import TextIO
 
 from data_tools.errors import RefusedError
+from data_tools.files import open_regular
 
+MAX_ROWS_BYTES = 4 * 2**30
+"""Above this a metadata file is refused; a million rows are about 500 MB. They are read one by one."""
 MAX_TEXT_BYTES = 256 * 2**20
-"""Above this a metadata file is refused; 100,000 rows are about 50 MB."""
+"""Above this other files that are read at once are refused."""
 MAX_CAPTION_BYTES = 2**20
 """Above this a caption file is refused: it is not a caption."""
 # The end-of-text words of the CLIP tokenizers: inside a caption they become the real token and cut it short.
@@ -23,6 +31,7 @@ MARKS = (
 )
 # keep: not str.splitlines, which also splits at form feeds and at separators that JSON allows in a string.
 LINE_END = re.compile(r"\r\n|\r|\n")
+CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f]")
 RESAVE = "save it as UTF-8"
 
 
@@ -32,7 +41,7 @@ def decode_text(data: bytes) -> str:
     Raises:
         RefusedError: bytes that are no such text, or a NUL character; line and byte (from 1) are told.
     """
-    mark, encoding = next(((mark, name) for mark, name in MARKS if data.startswith(mark)), (b"", "utf-8"))
+    mark, encoding = _mark(data)
     try:
         text = data[len(mark) :].decode(encoding)
     except UnicodeDecodeError as error:
@@ -54,6 +63,34 @@ def decode_text(data: bytes) -> str:
     return text
 
 
+def _mark(data: bytes) -> tuple[bytes, str]:
+    """The byte order mark at the beginning, and the encoding it tells."""
+    return next(((mark, name) for mark, name in MARKS if data.startswith(mark)), (b"", "utf-8"))
+
+
+@contextmanager
+def open_text(path: Path, newline: str) -> Iterator[TextIO]:
+    """The lines of a long text, which is read through once to see that it is one; `newline` as for `open`.
+
+    Raises:
+        RefusedError: as `decode_text` and `read_regular`, before the first line.
+    """
+    with open_regular(path, MAX_ROWS_BYTES) as file:
+        mark, encoding = _mark(file.read(4))
+        file.seek(len(mark))
+        decoder = codecs.getincrementaldecoder(encoding)()
+        try:
+            whole = not any("\0" in decoder.decode(block) for block in iter(lambda: file.read(2**16), b""))
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError:
+            whole = False
+        if not whole:
+            file.seek(0)
+            decode_text(file.read())
+        file.seek(len(mark))
+        yield TextIOWrapper(file, encoding, newline=newline)
+
+
 def _place(before: str, byte: int) -> str:
     return f"line {len(LINE_END.split(before))}, byte {byte + 1}"
 
@@ -66,10 +103,10 @@ def split_captions(text: str) -> tuple[str, ...]:
     """
     captions = tuple(line.strip() for line in LINE_END.split(text) if line.strip())
     for number, caption in enumerate(captions, start=1):
-        control = next((char for char in caption if char != "\t" and (char < " " or "\x7f" <= char < "\xa0")), None)
+        control = CONTROL.search(caption)
         if control is not None:
             raise RefusedError(
-                f"caption line {number} holds the control character U+{ord(control):04X}",
+                f"caption line {number} holds the control character U+{ord(control[0]):04X}",
                 "it is no text and can rewrite a terminal",
                 "remove it",
             )

@@ -11,11 +11,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from finetune.config import Run
-from finetune.run_files import load_run, make_run
+from finetune.quiet import quiet_libraries
+from finetune.version import VERSION
 
 if TYPE_CHECKING:
     from finetune.artifact import build_artifact
+    from finetune.config import Run
     from finetune.console import ConsoleReporter
     from finetune.data.upkeep import inspect_cache, prune_cache
     from finetune.demo.job import run_demo
@@ -23,11 +24,17 @@ if TYPE_CHECKING:
     from finetune.export.publish import push_folder
     from finetune.export.run import export_run, exported_rows
     from finetune.families import load_family
-    from finetune.interchange.commands import extract_adapter, merge_adapters, merge_into_base, resize_adapter
+    from finetune.interchange.commands import (
+        convert_adapter,
+        extract_adapter,
+        merge_adapters,
+        merge_into_base,
+        resize_adapter,
+    )
     from finetune.interchange.comparing import diff_adapters
-    from finetune.interchange.conversion import convert_adapter
     from finetune.interchange.inspection import inspect_file
     from finetune.pictures import sample, sample_again
+    from finetune.run_files import load_run, make_run
     from finetune.sampling.again import model_again, wanted_again
     from finetune.sampling.generate import generate
     from finetune.sampling.papers import shot_of
@@ -37,15 +44,16 @@ if TYPE_CHECKING:
     from finetune.training.resume import Resume
     from finetune.training.trainer import train
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 _ON_DEMAND = {
     "ConsoleReporter": "finetune.console",
     "Resume": "finetune.training.resume",
+    "Run": "finetune.config",
     "Wanted": "finetune.sampling.wanted",
     "build_artifact": "finetune.artifact",
     "checkpoint_adapter": "finetune.training.checkpoint",
-    "convert_adapter": "finetune.interchange.conversion",
+    "convert_adapter": "finetune.interchange.commands",
     "diff_adapters": "finetune.interchange.comparing",
     "export_run": "finetune.export.run",
     "exported_rows": "finetune.export.run",
@@ -54,6 +62,8 @@ _ON_DEMAND = {
     "inspect_cache": "finetune.data.upkeep",
     "inspect_file": "finetune.interchange.inspection",
     "load_family": "finetune.families",
+    "load_run": "finetune.run_files",
+    "make_run": "finetune.run_files",
     "merge_adapters": "finetune.interchange.commands",
     "merge_into_base": "finetune.interchange.commands",
     "plan_run": "finetune.training.planning",
@@ -70,7 +80,7 @@ _ON_DEMAND = {
     "train": "finetune.training.trainer",
     "wanted_again": "finetune.sampling.again",
 }
-"""Public names whose modules import torch; loaded on first use, so that `finetune --help` answers at once."""
+"""Public names and their modules, imported on first use: most need torch, and `finetune --help` must answer at once."""
 
 __all__ = [
     "ConsoleReporter",
@@ -112,4 +122,5 @@ def __getattr__(name: str) -> Any:
     """Load a public name from the table above."""
     if name not in _ON_DEMAND:
         raise AttributeError(f"module 'finetune' has no attribute {name!r}")
+    quiet_libraries()
     return getattr(importlib.import_module(_ON_DEMAND[name]), name)

@@ -1,5 +1,18 @@
-"""`python -m finetune`."""
+"""`finetune` and `python -m finetune`: the command line, which may be interrupted even while it is being imported."""
 
-from finetune.cli import main
+import importlib
+import sys
 
-main()
+
+def main() -> None:
+    """See `finetune.cli.main`."""
+    try:
+        cli = importlib.import_module("finetune.cli")
+    except KeyboardInterrupt:
+        sys.stderr.write("Interrupted before anything began.\n")
+        raise SystemExit(130) from None
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

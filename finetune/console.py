@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from finetune.tracking import Advance, Reporter, Rows
 
@@ -17,7 +20,9 @@ PLAIN_SECONDS = 10.0
 
 
 PLAIN_WIDTH = 160
-"""Characters per line where there is no terminal, so that paths stay whole."""
+"""Characters per line where there is no terminal and COLUMNS names no other, so that paths stay whole."""
+NARROW = 60
+"""Characters per line below which a table's labels get lines of their own."""
 
 
 class ConsoleReporter(Reporter):
@@ -26,7 +31,7 @@ class ConsoleReporter(Reporter):
     def __init__(self, console: Console | None = None) -> None:
         """Draw on `console`, or on standard output."""
         self.console = console or Console(highlight=False, emoji=False)
-        if not self.console.is_terminal:
+        if not self.console.is_terminal and "COLUMNS" not in os.environ:
             self.console.width = PLAIN_WIDTH
 
     def note(self, text: str) -> None:
@@ -39,6 +44,12 @@ class ConsoleReporter(Reporter):
 
     def table(self, title: str, rows: Rows) -> None:
         """See `Reporter.table`."""
+        if self.console.width < NARROW:
+            self.console.print(title, style="bold", markup=False)
+            for label, value in rows:
+                self.console.print(f" {label}", style="cyan", markup=False)
+                self.console.print(Padding(Text(value, overflow="fold"), (0, 0, 0, 3)))
+            return
         table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None)
         table.add_column(style="cyan", no_wrap=True)
         table.add_column(overflow="fold")

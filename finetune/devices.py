@@ -25,6 +25,12 @@ def on_device(modules: Sequence[nn.Module], device: torch.device) -> Iterator[No
             module.to(home)
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory did not suffice: the accelerator's, for torch or for a library under it, or the machine's."""
+    said = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(part in str(error) for part in said)
+
+
 def let_go(modules: Iterable[nn.Module]) -> None:
     """Free the weights of networks whose turn is over; their shapes and configurations stay."""
     for module in modules:

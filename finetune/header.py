@@ -199,14 +199,27 @@ def clean(text: object, longest: int = 400) -> str:
     return line if len(line) <= longest else line[: longest - 1] + "…"
 
 
+OTHER_KINDS = {
+    b"\x89PNG": "a PNG picture",
+    b"\xff\xd8\xff": "a JPEG picture",
+    b"GIF8": "a GIF picture",
+    b"RIFF": "a WebP picture, a film or a sound",
+    b"GGUF": "a GGUF model",
+    b"%PDF": "a PDF",
+}
+"""How files begin that are named by mistake -> what they are."""
+
+
 def _length_problem(start: bytes, length: int, size: int) -> str:
     if len(start) < 8:
-        return f"it has {size} bytes, and eight for the header's length are the least."
+        return f"it has {size} bytes, but the length of the header alone takes eight."
     if start[:2] == b"PK" or start[:1] == b"\x80":
         return "it begins like a zip archive or a pickle; only safetensors are read."
+    if what := next((words for magic, words in OTHER_KINDS.items() if start.startswith(magic)), None):
+        return f"it is {what}, and only safetensors are read."
     if start.isascii() and start.decode().replace("\n", " ").replace("\t", " ").isprintable():
         return "it is a text, perhaps a pointer of git-lfs or a web page; fetch the real file."
-    return f"its header is said to be {length:,} bytes long, but the file has {size:,} (at most {LARGEST_HEADER:,})."
+    return f"its header claims to be {length:,} bytes long, but the file has {size:,} (at most {LARGEST_HEADER:,})."
 
 
 def _parse(path: Path, raw: bytes) -> dict[str, Any]:
@@ -227,7 +240,7 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise _bad(path, ["its header is not a table of tensors."])
     if repeated:
-        raise _bad(path, [f"{clean(name, 80)!r} stands in the header more than once." for name in repeated])
+        raise _bad(path, [f"{clean(name, 80)!r} appears in the header more than once." for name in repeated])
     return document
 
 
@@ -260,7 +273,7 @@ def _layout_problems(tensors: dict[str, Entry], region: int) -> list[str]:
     if first != 0:
         problems.append(f"{first:,} bytes lie before the first tensor.")
     if last != region:
-        why = "it was cut off" if last > region else "something was put behind it"
+        why = "it was cut off" if last > region else "something was appended to it"
         problems.append(f"its tensors end at byte {last:,} but {region:,} bytes follow the header: {why}.")
     return problems
 

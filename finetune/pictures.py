@@ -28,6 +28,7 @@ from finetune.sampling.generate import generate
 from finetune.sampling.grid import Row, contact_sheet, seeds_label
 from finetune.sampling.guides import Guides
 from finetune.sampling.papers import Shot, UsedAdapter, same_picture, save
+from finetune.sampling.speed import compiled, lay_out
 from finetune.sampling.wanted import Wanted, check
 from finetune.storage import disk_errors
 from finetune.studio import Studio, open_studio
@@ -177,16 +178,22 @@ def _make(studio: Studio, wanted: Wanted, jobs: list[_Job], reporter: Reporter) 
     ]
     networks += [studio.guides.controlnet] if studio.guides.controlnet is not None else []
     done = 0
+    if wanted.compile:
+        reporter.note("The denoiser's code is compiled with the first picture of each strength: a minute or two.")
     with ExitStack() as stack:
         advance = stack.enter_context(reporter.progress("Drawing", len(jobs)))
         if wanted.low_memory:
             free = torch.cuda.mem_get_info(studio.device)[0] if studio.device.type == "cuda" else None
             save_memory(bases, networks, free, reporter)
         stack.enter_context(on_device(networks, studio.device))
+        for base in bases:
+            lay_out(base.denoiser, studio.device)
         for used, group in groupby(jobs, key=lambda job: job.shot.adapters):
             with ExitStack() as attached:
                 for (file, _), mark in zip(studio.adapters, used, strict=True):
                     attached.enter_context(adapter_applied(studio.family, studio.components, file, mark.strength))
+                for base in bases if wanted.compile else ():
+                    attached.enter_context(compiled(base.denoiser))
                 for batch in _batches(group, 1 if wanted.upscale is not None else wanted.batch_size):
                     for job, image in zip(batch, _draw(studio, wanted, batch), strict=True):
                         save(image, job.shot, job.path)

@@ -88,7 +88,7 @@ def read_prompts(path: Path) -> list[str]:
     except OSError as error:
         raise ConfigError(f"The prompts in {path} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError:
-        raise ConfigError(f"The prompts in {path} cannot be read: it is no UTF-8 text.") from None
+        raise ConfigError(f"The prompts in {path} cannot be read: it is not UTF-8 text.") from None
     prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
         raise ConfigError(f"{path} holds no prompt; write one per line.")

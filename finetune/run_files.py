@@ -16,11 +16,14 @@ from pydantic import BaseModel, ValidationError
 
 from finetune.config import Run, flatten
 from finetune.errors import CheckpointError, ConfigError, UserError, nearest
+from finetune.version import VERSION
 
 Model = TypeVar("Model", bound=BaseModel)
 
 RUN_FILE = "run.json"
 """The resolved run, in its folder."""
+WRITTEN_BY = "finetune"
+"""The version in that file."""
 ADAPTER_FILE = "adapter.safetensors"
 """The finished adapter, beside it."""
 
@@ -48,7 +51,7 @@ def _unique_mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False)
     keys = [loader.construct_object(key, deep=deep) for key in own]
     for place, key in zip(own, keys, strict=True):
         if keys.index(key) != own.index(place):
-            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", place.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} appears twice", place.start_mark)
     return dict(yaml.SafeLoader.construct_mapping(loader, node, deep=True))
 
 
@@ -122,7 +125,7 @@ def finished_adapter(folder: Path) -> Path:
     path = folder / ADAPTER_FILE
     if not path.is_file():
         raise CheckpointError(
-            f"{folder} holds no {ADAPTER_FILE}: its run is not finished; go on with `finetune train {folder}`."
+            f"{folder} holds no {ADAPTER_FILE}: its run is not finished; resume it with `finetune train {folder}`."
         )
     return path
 
@@ -149,21 +152,29 @@ def _changed(
     except ConfigError as error:
         raise ConfigError(error.headline, [*problems, *error.problems]) from None
     if problems:
-        raise ConfigError("The command line cannot be used:", problems)
+        raise ConfigError("The command line has mistakes:", problems)
     return run
 
 
 def make_run(document: dict[str, Any], label: str = "run") -> Run:
     """Validate a nested document into a `Run`; `label` names its origin in messages."""
+    written = document.get(WRITTEN_BY, VERSION)
     try:
-        return Run.model_validate(document)
+        return Run.model_validate({key: value for key, value in document.items() if key != WRITTEN_BY})
     except ValidationError as error:
-        raise ConfigError(f"{label} cannot be run:", list(_explain(error))) from None
+        other = f"it was made with finetune {written}, and this is {VERSION}: use that version, or begin another run"
+        problems = [*_explain(error), *([other] if written != VERSION else [])]
+        raise ConfigError(f"{label} cannot be run:", problems) from None
 
 
 def dump_run(run: Run) -> dict[str, Any]:
     """A JSON document that `make_run` reads back to an equal `Run`."""
     return run.model_dump(mode="json")
+
+
+def run_record(run: Run) -> dict[str, Any]:
+    """The same with the version of this toolkit, for a run folder."""
+    return {WRITTEN_BY: VERSION, **dump_run(run)}
 
 
 def _read(source: Path) -> tuple[dict[str, Any], str]:
@@ -175,9 +186,10 @@ def _read(source: Path) -> tuple[dict[str, Any], str]:
         # keep: a run folder may have been moved since; the one that was named is meant.
         return read_document(source / RUN_FILE) | {"output_dir": str(source)}, str(source)
     if source.is_dir():
-        raise ConfigError(f"{source} is a folder without {RUN_FILE}, so no run was started there.")
+        remedy = f"if it holds your pictures, use `finetune train sd15-lora --set data.folder={source}`"
+        raise ConfigError(f"{source} is a folder without {RUN_FILE}, so no run was started there.", [remedy])
     if not source.is_file():
-        begin = f"; `finetune init sd15-lora > {source}` would make one to start from" if source.suffix else ""
+        begin = f"; `finetune init sd15-lora > {source}` creates one to start from" if source.suffix else ""
         hint = nearest(str(source), builtin) or begin or f"; built-in recipes are {', '.join(builtin) or 'none'}"
         raise ConfigError(f"There is no recipe or run at {source}{hint}.")
     if source.suffix == ".py":
@@ -190,7 +202,7 @@ def read_document(source: Path) -> dict[str, Any]:
     try:
         document = yaml.load(source.read_text(encoding="utf-8-sig"), Loader=_Loader)
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{source} cannot be read:", [f"it is no UTF-8 text ({error.reason})"]) from None
+        raise ConfigError(f"{source} cannot be read:", [f"it is not UTF-8 text ({error.reason})"]) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         what = getattr(error, "problem", None) or " ".join(str(error).split())
@@ -256,6 +268,25 @@ def checked(section: type[Model], values: dict[str, Any]) -> Model:
         raise ConfigError("These settings cannot be used:", list(_explain(error))) from None
 
 
+def change_section(section: Model, name: str, overrides: Sequence[str], fields: Sequence[str]) -> Model:
+    """A section of a run with `name.field=value` overrides applied, for which only some fields are offered.
+
+    Raises:
+        ConfigError: listing every problem at once.
+    """
+    document, known = {name: section.model_dump(mode="json")}, [f"{name}.{field}" for field in fields]
+    problems = []
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if key in known or key.startswith(tuple(f"{field}." for field in known)):
+            problems += _override(document, override)
+        else:
+            problems.append(f"--set {override}: {key} cannot be set here{nearest(key, known)}")
+    if problems:
+        raise ConfigError("The command line has mistakes:", [*problems, f"fields that can be set: {', '.join(known)}"])
+    return checked(type(section), document[name])
+
+
 def _explain(error: ValidationError) -> Iterator[str]:
     """Each problem pydantic found, with the place, the value and what would be right."""
     for item in error.errors():
@@ -277,7 +308,7 @@ WISHES = {
     "int": "must be a whole number",
     "float": "must be a number",
     "bool": "must be true or false",
-    "string": "must be a text; put it in quotes",
+    "string": "must be text; put it in quotes",
     "path": "must be a path",
     "tuple": "must be a list: [first, second]",
     "list": "must be a list: [first, second]",
@@ -286,6 +317,7 @@ WISHES = {
     "greater_than": "must be above {gt}",
     "less_than_equal": "must be at most {le}",
     "less_than": "must be below {lt}",
+    "multiple_of": "must be a multiple of {multiple_of}",
     "too_short": "must hold at least {min_length}",
     "too_long": "must hold at most {max_length}",
     "string_too_long": "must have at most {max_length} characters",

@@ -19,6 +19,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,8 @@ DTYPE_NAMES = {
 """torch number format -> its name in a safetensors header."""
 LONGEST_STEM = 180
 """Bytes of a file's own name in the name of what is written beside it; file systems take 255 in all."""
+NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
+"""What a file system answers that cannot sync a folder, such as a mounted cloud drive."""
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR}
 
 
@@ -133,8 +136,25 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON for people and programs: two spaces, UTF-8, a newline at the end; NaN is not allowed."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write JSON for people and programs: two spaces, UTF-8, a newline at the end; NaN is not allowed.
+
+    A table that is no dict, such as one that lies on the disk, is written row by row, one on each line.
+    """
+    if isinstance(value, Mapping) and not isinstance(value, dict):
+        _write_table(path, value)
+    else:
+        write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _write_table(path: Path, table: Mapping[str, Any]) -> None:
+    encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+    with _replacing(path, None) as beside, open(beside, "xb", opener=_open_new) as stream:
+        between = "{"
+        for name, row in table.items():
+            stream.write(f"{between}\n  {encode(name)}: {encode(row)}".encode())
+            between = ","
+        stream.write(b"{}\n" if between == "{" else b"\n}\n")
+        _sync(stream)
 
 
 def read_json(path: Path) -> Any:
@@ -163,11 +183,19 @@ def write_text(path: Path, text: str) -> None:
 
 def sha256_file(path: Path) -> str:
     """SHA-256 over a file's bytes, 64 hex digits."""
-    digest = hashlib.sha256()
     with open(path, "rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sha256_weights(path: Path) -> str:
+    """The same for a base model's file, read once per process unless its size or time changes."""
+    stat = path.stat()
+    return _sha256_unchanged(path.resolve(), stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache
+def _sha256_unchanged(path: Path, size: int, modified: int) -> str:
+    return sha256_file(path)
 
 
 @contextmanager
@@ -246,7 +274,7 @@ def _exchange(new: Path, path: Path) -> None:
 
 
 @contextmanager
-def _replacing(path: Path, size: int) -> Iterator[Path]:
+def _replacing(path: Path, size: int | None) -> Iterator[Path]:
     beside = _beside(path, "part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -286,8 +314,13 @@ def _sync_path(path: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":
+    if os.name != "posix":
+        return
+    try:
         _sync_path(folder)
+    except OSError as error:
+        if error.errno not in NO_FOLDER_SYNC:
+            raise
 
 
 def _storage_error(path: Path, size: int | None, error: OSError) -> StorageError:

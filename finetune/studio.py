@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import diffusers
 import torch
 from PIL import Image
 from torch import nn
@@ -14,18 +12,22 @@ from torch import nn
 from data_tools.errors import counted
 from finetune.adapters import AdapterFile
 from finetune.config import ModelConfig, has_word
+from finetune.dtypes import DTYPES
 from finetune.errors import ConfigError
-from finetune.families import Components, ModelFamily, denoiser_config, load_model
+from finetune.families import Components, ModelFamily, load_model, network_configs
+from finetune.families.controlnets import find_controlnet
+from finetune.families.original_keys import config_of
 from finetune.families.places import names_folder
 from finetune.sampling.depth import USUAL, depth_map
-from finetune.sampling.guides import Guides, controlnet_problems
+from finetune.sampling.guides import Guides
 from finetune.sampling.merging import merge_first, read_adapter
 from finetune.sampling.papers import UsedAdapter, adapter_digest, adapter_path
+from finetune.sampling.speed import check_compiler
 from finetune.sampling.stages import Refiner
 from finetune.sampling.wanted import DEPTH, ROLES, STRENGTH, Wanted
 from finetune.storage import sha256_file, tensor_bytes
 from finetune.tracking import Reporter
-from finetune.training.build import DTYPES, auto_dtype
+from finetune.training.build import auto_dtype
 
 
 @dataclass
@@ -48,9 +50,16 @@ def open_studio(model: ModelConfig, wanted: Wanted, reporter: Reporter) -> Studi
     Raises:
         UserError: for pictures, adapters, bases and ControlNets that cannot be read or do not fit.
     """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if wanted.compile:
+        check_compiler(device)
     pictures, problems = _pictures(wanted)
     if wanted.controlnet is not None:
-        problems += _controlnet_problems(wanted.controlnet, model)
+        try:
+            networks = network_configs(model)
+            problems += find_controlnet(wanted.controlnet, networks).problems(networks)
+        except ConfigError as error:
+            problems += error.problems or [error.headline]
     adapters = []
     names = names_folder(model.base)
     for path, strength in wanted.adapters:
@@ -71,12 +80,11 @@ def open_studio(model: ModelConfig, wanted: Wanted, reporter: Reporter) -> Studi
         merge_first(wanted.merge_first, family, components, names)
         refiner = _refiner(wanted, model, dtype)
         advance(1, "")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     strength = STRENGTH if wanted.strength is None else wanted.strength
     guides = Guides(
         pictures.get("image"), strength, pictures.get("mask"), pictures.get("control"),
         None if wanted.control_from == DEPTH else wanted.control_from,
-        _controlnet(wanted.controlnet, DTYPES[dtype]) if wanted.controlnet else None,
+        _controlnet(wanted.controlnet, components, DTYPES[dtype]) if wanted.controlnet else None,
         1.0 if wanted.control_scale is None else wanted.control_scale,
     )  # fmt: skip
     if guides.controlnet is not None:
@@ -112,35 +120,19 @@ def _pictures(wanted: Wanted) -> tuple[dict[str, Image.Image], list[str]]:
     return found, problems
 
 
-def _controlnet_problems(name: str, model: ModelConfig) -> list[str]:
-    """What its configuration and the base's say, before any weight of either is read."""
-    if "/" not in name and not Path(name).is_dir():
-        return [f"--controlnet {name} is neither a folder here nor a hub id, which has the form owner/name."]
-    try:
-        own = diffusers.ControlNetModel.load_config(name)
-    except (OSError, ValueError) as error:
-        return [_unloaded(name, error)]
-    base = denoiser_config(model)
-    return [] if base is None else [f"--controlnet {name}: {problem}" for problem in controlnet_problems(own, base)]
-
-
-def _controlnet(name: str, dtype: torch.dtype) -> nn.Module:
-    try:
-        loaded: nn.Module = diffusers.AutoModel.from_pretrained(name, torch_dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(_unloaded(name, error)) from None
-    return loaded.eval()
-
-
-def _unloaded(name: str, error: Exception) -> str:
-    return (
-        f"--controlnet {name} cannot be loaded: {str(error).splitlines()[0].rstrip('.')}. Name a diffusers "
-        "ControlNet folder with config.json and safetensors, or a hub id."
-    )
+def _controlnet(name: str, components: Components, dtype: torch.dtype) -> nn.Module:
+    """The ControlNet, once the base is there: a hub id's configuration is not known before."""
+    networks = {part: config_of(network) for part, network in components.modules().items()}
+    found = find_controlnet(name, networks)
+    if problems := found.problems(networks):
+        raise ConfigError("No picture can be made:", problems)
+    return found.load(dtype)
 
 
 def _weights_digest(module: nn.Module) -> str:
     digest = hashlib.sha256()
+    if getattr(module.config, "global_pool_conditions", False):
+        digest.update(b"pooled")
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor_bytes(tensor))

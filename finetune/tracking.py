@@ -16,6 +16,14 @@ Rows = Sequence[tuple[str, str]]
 """Label and value."""
 
 
+def file_size(count: int) -> str:
+    """Bytes of a file as file managers show them: 1 kB is 1000."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} bytes"
+
+
 class Reporter:
     """Says nothing. The command line passes one that draws; libraries and tests pass this one."""
 

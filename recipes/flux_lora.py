@@ -1,7 +1,8 @@
 """Flux.1 dev, LoRA on the transformer: a subject or a style from 10 to 50 captioned pictures.
 
-For a 24 GB card: the frozen transformer is held in nf4 (QLoRA); with 48 GB set model.storage=full. T5 and CLIP encode
-the captions once and leave the card. The base is gated: accept its licence on the hub, then `hf auth login`.
+For a 16 GB card: the frozen transformer is held in nf4 (QLoRA); with 24 GB set model.storage=int8, with 48 GB full. T5
+and CLIP encode the captions once and leave the card. Loading needs main memory for 34 GB of weights. The base is gated:
+accept its licence on the hub, then `hf auth login`.
 """
 
 from finetune import make_run

@@ -1,6 +1,6 @@
 """Stable Diffusion 1.5, LoRA on the UNet: a subject or a style from 10 to 50 captioned pictures.
 
-For a 6 to 8 GB card or a Colab T4. Trains the attention layers; captions are encoded once and the text encoder leaves
+For a 6 GB card or a Colab T4. Trains the attention layers; captions are encoded once and the text encoder leaves
 the card. Start here: `finetune train recipes/sd15_lora.py --set data.folder=photos`.
 """
 

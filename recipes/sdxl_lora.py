@@ -1,6 +1,6 @@
 """SDXL, LoRA on the UNet: a subject or a style from 10 to 50 captioned pictures at 1024 pixels.
 
-For a 12 to 16 GB card; with `--set model.storage=fp8` the frozen UNet takes one byte per weight in place of two.
+For a 12 GB card; with `--set model.storage=int8` the frozen UNet takes one byte per weight in place of two, for 8 GB.
 Captions are encoded once, then text encoders and autoencoder leave the card. A single file is a base as well:
 `--set model.base=sd_xl_base_1.0.safetensors --set model.variant=null`.
 """

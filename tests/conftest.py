@@ -13,7 +13,7 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from finetune.cli import main
-from finetune.demo.world import write_subject_pictures
+from finetune.demo.subjects import write_subject_pictures
 from tests.tiny import tiny_pipeline
 
 ROOT = Path(__file__).parent.parent

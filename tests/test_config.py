@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from typing import get_args
@@ -11,8 +12,9 @@ import pytest
 from finetune import config
 from finetune.config import Run, differences, flatten
 from finetune.errors import ConfigError
-from finetune.run_files import dump_run, load_run, make_run, recipe_names
+from finetune.run_files import dump_run, load_run, make_run, recipe_names, run_record
 from finetune.show import annotated_yaml
+from finetune.version import VERSION
 
 SMALL = {"model": {"base": "demo"}, "data": {"folder": "pictures"}, "output_dir": "runs/x"}
 
@@ -46,8 +48,8 @@ def test_yaml_means_what_it_looks_like(tmp_path):
     told = str(raised.value)
     for place in ("optimizer.learning_rate=true", "train.steps=true", "train.max_hours='1:30'"):
         assert f"{place}: must be a number" in told
-    assert "export.name=1.1: must be a text; put it in quotes" in told
-    with pytest.raises(ConfigError, match="line 3: the key 'steps' stands twice"):
+    assert "export.name=1.1: must be text; put it in quotes" in told
+    with pytest.raises(ConfigError, match="line 3: the key 'steps' appears twice"):
         load_run(write(tmp_path, "train:\n  steps: 3\n  steps: 4\n"))
 
 
@@ -86,7 +88,7 @@ def test_all_problems_are_told_at_once(tmp_path):
 
 def test_a_key_that_stands_twice_is_refused(tmp_path):
     """YAML would keep the last one in silence."""
-    assert "stands twice" in problems(write(tmp_path, "model: {base: demo}\nmodel: {base: other}\n"))
+    assert "appears twice" in problems(write(tmp_path, "model: {base: demo}\nmodel: {base: other}\n"))
 
 
 @pytest.mark.parametrize(
@@ -95,7 +97,7 @@ def test_a_key_that_stands_twice_is_refused(tmp_path):
         ("adapter.rank", "write section.field=value"),
         ("adapter.rnak=4", "did you mean rank?"),
         ("optimizer.warmup_steps=1000", "not below train.steps=1000"),
-        ("optimizer.betas=[0.9, 1.0]", "must lie in [0, 1)"),
+        ("optimizer.betas=[0.9, 1.0]", "must be in [0, 1)"),
         ("data.captions=template", "needs data.caption_template"),
         ("optimizer.learning_rate=.nan", "optimizer.learning_rate"),
         ("train.steps=0", "train.steps=0"),
@@ -110,7 +112,7 @@ def test_a_bad_override_is_named(tmp_path, override, expected):
 def test_the_trigger_must_be_learnable(tmp_path):
     """A trigger that is not in the captions, or is in the class prompts, teaches the wrong thing."""
     path = write(tmp_path, "model: {base: demo}\ndata: {folder: p, trigger: sks}\noutput_dir: r\n")
-    assert "does not stand in data.caption_template" in problems(path, ['data.caption_template="a dog"'])
+    assert "is not in data.caption_template" in problems(path, ['data.caption_template="a dog"'])
     assert "contains the trigger" in problems(path, ['data.prior={prompts: ["a sks dog"]}'])
 
 
@@ -169,7 +171,7 @@ def test_what_can_be_chosen_is_what_there_is():
     from data_tools.captioners import CAPTIONERS
     from finetune import objectives
     from finetune.adapters import METHODS
-    from finetune.export import FORMATS
+    from finetune.export.exporting import FORMATS
     from finetune.training.lr_schedules import LR_SCHEDULES
     from finetune.training.optimizers import OPTIMIZERS
 
@@ -188,10 +190,18 @@ def test_what_can_be_chosen_is_what_there_is():
     ("section", "said", "expected"),
     [
         # diffusers turns min-SNR on by the value alone
-        ("objective", {"snr_gamma": 5}, "snr_gamma=5.0 is read only with objective.weighting=min_snr or soft_min_snr"),
+        ("objective", {"snr_gamma": 5}, "snr_gamma=5.0 is only used with objective.weighting=min_snr or soft_min_snr"),
         ("objective", {"density_mean": 1, "density": "mode"}, "with objective.density=logit_normal, and"),
         ("optimizer", {"schedule_floor": 0.1, "schedule": "constant"}, "and optimizer.schedule is constant; change"),
-        ("train", {"ema_power": 0.7}, "train.ema_power=0.7 is read only if train.ema_decay is set"),
+        ("train", {"ema_power": 0.7}, "train.ema_power=0.7 is only used if train.ema_decay is set"),
+        ("samples", {"every": 6}, "samples.every=6 renders nothing, because samples.prompts is empty; set"),
+        ("adapter", {"method": "ia3", "rank": 4}, "adapter.rank=4 has no meaning for adapter.method=ia3; leave it out"),
+        (
+            "data",
+            {"folder": "p", "captions": "sidecar", "caption_template": "a sks dog"},
+            "data.caption_template='a sks dog' is never used with data.captions=sidecar; set",
+        ),
+        ("data", {"folder": "p", "resolution": 63}, "data.resolution=63: must be a multiple of 8"),
     ],
 )
 def test_a_value_that_nothing_reads_is_refused(section, said, expected):
@@ -206,6 +216,20 @@ def test_a_whole_document_and_own_functions_may_hold_what_is_not_read():
     assert make_run(dump_run(make_run(SMALL)))
     own = make_run(SMALL | {"objective": {"weighting": "mine.weight", "snr_gamma": 3}})
     assert own.objective.snr_gamma == 3
+
+
+def test_a_folder_that_is_no_run_is_told_what_can_be_done_with_it(tmp_path):
+    """Beginners name their pictures where a recipe belongs."""
+    assert f"finetune train sd15-lora --set data.folder={tmp_path}" in problems(tmp_path)
+
+
+def test_a_run_of_another_version_is_told_as_such(tmp_path):
+    """Fields that this version does not know look like typing mistakes otherwise."""
+    record = run_record(make_run(SMALL))
+    assert make_run(record) == make_run(SMALL)
+    path = write(tmp_path, json.dumps(record | {"finetune": "0.0.7", "speed": 3}))
+    assert f"made with finetune 0.0.7, and this is {VERSION}" in problems(path)
+    assert "made with" not in problems(write(tmp_path, json.dumps(record | {"speed": 3})))
 
 
 def test_a_trigger_is_a_word_of_its_own():

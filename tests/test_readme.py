@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.demo.world import write_subject_pictures
+from finetune.demo.subjects import write_subject_pictures
 from finetune.run_files import recipe_names
 from tests.conftest import ROOT
 

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from data_tools.files import write_atomic
 from finetune import storage
 from finetune.errors import CheckpointError, StorageError
 
@@ -30,6 +31,18 @@ TENSORS = {
     "turned": torch.arange(6.0).reshape(2, 3).T,
 }
 METADATA = {"z": "last", "a": "ä first", "m": '{"json": 1}'}
+
+
+def test_a_base_is_hashed_once_and_again_after_it_changed(tmp_path, monkeypatch):
+    """Training and the export after it load the same base; hashing gigabytes twice is a minute for nothing."""
+    path = tmp_path / "base.safetensors"
+    path.write_bytes(b"one")
+    read: list[Path] = []
+    whole = storage.sha256_file
+    monkeypatch.setattr(storage, "sha256_file", lambda path: read.append(path) or whole(path))
+    assert storage.sha256_weights(path) == storage.sha256_weights(path) == whole(path) and len(read) == 1
+    path.write_bytes(b"other")
+    assert storage.sha256_weights(path) == whole(path) and len(read) == 2
 
 
 def test_safetensors_round_trip(tmp_path):
@@ -119,6 +132,24 @@ def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch, call):
     assert caught.value.exit_code == 5
     assert path.read_bytes() == old
     assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_a_drive_that_cannot_sync_folders_is_written_to(tmp_path, monkeypatch):
+    """A mounted cloud drive answers EINVAL for a folder; files are synced there as everywhere."""
+    real, synced = os.fsync, []
+
+    def no_folders(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        synced.append(descriptor)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", no_folders)
+    storage.write_json(tmp_path / "a.json", {"whole": True})
+    assert storage.read_json(tmp_path / "a.json") == {"whole": True}
+    write_atomic(tmp_path / "b.csv", b"whole")
+    assert (tmp_path / "b.csv").read_bytes() == b"whole"
+    assert len(synced) == 2
 
 
 def test_damaged_file_is_refused_by_name(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch.distributed
 
-from finetune.training.signals import Agreement, Requests, part
+from finetune.training.signals import Agreement, Requests, leave_together
 
 
 def answers(rank: int, folder: Path) -> None:
@@ -23,6 +23,6 @@ def answers(rank: int, folder: Path) -> None:
     if rank == 0:
         time.sleep(0.5)
         (folder / "saved").touch()
-    part(torch.distributed.barrier, is_main_process=rank == 0)
+    leave_together(torch.distributed.barrier, is_main_process=rank == 0)
     (folder / f"{rank}.txt").write_text(repr((heard, (folder / "saved").exists())))
     torch.distributed.destroy_process_group()

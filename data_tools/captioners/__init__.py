@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from data_tools.captioners.base import Answer, Caption, Captioner
 from data_tools.captioners.filename import filename
 from data_tools.captioners.kohya import kohya
@@ -11,6 +13,7 @@ from data_tools.captioners.template import check_template, template
 from data_tools.errors import Problem, UsageError
 from data_tools.folder import Listing
 from data_tools.names import stem
+from data_tools.shelves import Shelf
 
 __all__ = ["AUTO", "CAPTIONERS", "Answer", "Caption", "Captioner", "caption_folder"]
 
@@ -39,12 +42,13 @@ def caption_folder(listing: Listing, captions: str = AUTO, template_text: str | 
     check_choice(captions, template_text)
     if captions != AUTO:
         answer = CAPTIONERS[captions](listing, template_text)
+        missing = Shelf(answer.missing(listing.pictures))
     elif listing.metadata:
-        answer = metadata(listing, template_text)
+        answer, missing = metadata(listing, template_text), Shelf()
         _compare_sidecars(listing, answer)
     else:
-        answer = _first_that_answers(listing, template_text)
-    _name_the_uncaptioned(listing, answer, captions)
+        answer, missing = _first_that_answers(listing, template_text)
+    _name_the_uncaptioned(missing, answer, captions)
     _name_unused_sidecars(listing, answer)
     return answer
 
@@ -61,23 +65,24 @@ def check_choice(captions: str, template_text: str | None) -> None:
         raise UsageError('captions="template" needs a template, such as --template "a photo of sks dog".')
 
 
-def _first_that_answers(listing: Listing, template_text: str | None) -> Answer:
-    answer = Answer()
-    for source in (sidecar, kohya, template):
-        if source is template and template_text is None:
-            continue
-        missing = [name for name in listing.pictures if name not in answer.captions and name not in answer.failed]
-        if missing:
+def _first_that_answers(listing: Listing, template_text: str | None) -> tuple[Answer, Shelf[str]]:
+    """The answer, and the pictures of which it says nothing."""
+    answer = sidecar(listing, None)
+    missing = Shelf(answer.missing(listing.pictures))
+    for source in (kohya, template):
+        if missing and (source is not template or template_text is not None):
+            # keep: a template counts all pictures.
             rest = Listing(listing.root, missing if source is not template else listing.pictures, listing.sidecars)
             answer.extend(source(rest, template_text), missing)
-    return answer
+            missing = Shelf(answer.missing(missing))
+    return answer, missing
 
 
 def _compare_sidecars(listing: Listing, answer: Answer) -> None:
     """Metadata wins over sidecars; where they say different things, somebody edited one of them."""
     beside = sidecar(listing, None)
-    answer.used |= beside.used
-    for name, found in beside.captions.items():
+    answer.orphans = beside.orphans
+    for name, found in beside.captions.each():
         known = answer.captions.get(name)
         if known is not None and known.captions != found.captions:
             answer.problems.append(
@@ -91,29 +96,25 @@ def _compare_sidecars(listing: Listing, answer: Answer) -> None:
             )
 
 
-def _name_the_uncaptioned(listing: Listing, answer: Answer, captions: str) -> None:
-    for name in listing.pictures:
-        if not any(name in told for told in (answer.captions, answer.failed, answer.used)):
-            answer.fail(
+def _name_the_uncaptioned(missing: Iterable[str], answer: Answer, captions: str) -> None:
+    for name in missing:
+        answer.fail(
+            name,
+            Problem(
                 name,
-                Problem(
-                    name,
-                    "has no caption",
-                    f"nothing was found for captions={captions!r}",
-                    "write a text file of the same name beside it, put it in a folder named N_name, "
-                    'give one caption for all (scan: --template "a photo of ..."; training: '
-                    "data.caption_template), or take file names (scan: --captions filename; training: "
-                    "data.captions=filename)",
-                ),
-            )
+                "has no caption",
+                f"nothing was found for captions={captions!r}",
+                "write a text file of the same name beside it, put it in a folder named N_name, "
+                'give one caption for all (scan: --template "a photo of ..."; training: '
+                "data.caption_template), or take file names (scan: --captions filename; training: "
+                "data.captions=filename)",
+            ),
+        )
 
 
 def _name_unused_sidecars(listing: Listing, answer: Answer) -> None:
-    stems = {stem(name) for name in listing.pictures}
-    for name in listing.sidecars:
-        if name in answer.used:
-            continue
-        if stem(name) in stems:
+    for name in listing.sidecars if answer.orphans is None else answer.orphans:
+        if listing.by_stem(stem(name)):
             answer.problems.append(
                 Problem(
                     name, "is not read", "captions were asked from elsewhere", "take it with --captions sidecar", "note"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from data_tools.errors import Problem
 from data_tools.folder import Listing
-from data_tools.records import Role, Verdict
+from data_tools.records import FOCUS, Focus, Role, Verdict
+from data_tools.shelves import NamedShelf, packing
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,20 +24,37 @@ class Caption:
     sha256: str | None = None
     verdict: Verdict = "keep"
     verdict_reasons: tuple[str, ...] = ()
-    focus: tuple[float, float] | None = None
+    focus: Focus | None = None
     loss_weight: float = 1.0
+
+
+CAPTION = packing(Caption, focus=FOCUS)
+
+
+def _captions() -> NamedShelf[Caption]:
+    return NamedShelf(*CAPTION)
 
 
 @dataclass
 class Answer:
     """Captions by file name, and what was met on the way."""
 
-    captions: dict[str, Caption] = field(default_factory=dict)
+    captions: NamedShelf[Caption] = field(default_factory=_captions)
     problems: list[Problem] = field(default_factory=list)
     failed: set[str] = field(default_factory=set)
     """Pictures that have no caption and whose reason is among the problems."""
-    used: set[str] = field(default_factory=set)
-    """Caption files that were read, and masks that rows name."""
+    masks: set[str] = field(default_factory=set)
+    """Pictures that are masks of others."""
+    orphans: list[str] | None = None
+    """Caption files without a picture; None where caption files were not asked for."""
+
+    def missing(self, names: Iterable[str]) -> Iterator[str]:
+        """Those of which nothing was said yet."""
+        return (
+            name
+            for name, caption in self.captions.gather(names)
+            if caption is None and name not in self.failed and name not in self.masks
+        )
 
     def fail(self, name: str, problem: Problem) -> None:
         """The picture `name` gets no caption because of `problem`."""
@@ -45,10 +63,11 @@ class Answer:
 
     def extend(self, other: Answer, names: Iterable[str]) -> None:
         """Take over what `other` says about the pictures `names`, and its problems."""
-        self.captions.update({name: other.captions[name] for name in names if name in other.captions})
+        for name, caption in other.captions.gather(names):
+            if caption is not None:
+                self.captions[name] = caption
         self.problems.extend(other.problems)
         self.failed |= other.failed
-        self.used |= other.used
 
 
 class Captioner(Protocol):

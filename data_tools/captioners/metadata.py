@@ -15,7 +15,7 @@ def metadata(listing: Listing, template: str | None) -> Answer:
     A text of several lines, or a list of texts, is several captions. Rows without a picture, pictures without
     a row and second rows of a picture are listed.
     """
-    answer = Answer(used=set(listing.metadata))
+    answer = Answer()
     if not listing.metadata:
         answer.problems.append(
             Problem(
@@ -36,37 +36,39 @@ def metadata(listing: Listing, template: str | None) -> Answer:
                 "keep one of them",
             )
         )
-    found = read_rows(listing.root, listing.metadata[0])
-    matched, problems = match_rows(found.rows, listing)
-    answer.problems += found.problems + problems
     find = Finder(listing)
-    for name, row in matched.items():
+    for found in match_rows(read_rows(listing.root, listing.metadata[0]), find):
+        if isinstance(found, Problem):
+            answer.problems.append(found)
+            continue
+        name, row = found
         try:
-            answer.captions[name] = parse_row(row, find)
+            caption = parse_row(row, find)
         except RefusedError as refusal:
             answer.fail(name, refusal.problem(f"{name} ({row.place})"))
             continue
-        if "" in answer.captions[name].captions:
+        answer.captions[name] = caption
+        if caption.mask_file:
+            answer.masks.add(caption.mask_file)
+        if "" in caption.captions:
             answer.problems.append(empty_caption(f"{name} ({row.place})"))
-    masks = {caption.mask_file for caption in answer.captions.values() if caption.mask_file}
-    masks |= set(listing.masks.values())
-    answer.used |= masks
-    for name in masks & answer.captions.keys():
-        answer.fail(
-            name, Problem(name, "is a mask and has a row of its own", "a mask is not trained on", "remove its row")
-        )
-        del answer.captions[name]
-    for name in listing.pictures:
-        if name not in matched and name not in masks:
+    answer.masks.update(listing.masks.values())
+    for name in answer.masks:
+        if name in answer.captions:
             answer.fail(
-                name,
-                Problem(
-                    name,
-                    f"has no row in {found.name}",
-                    "so it has no caption",
-                    "add a row, move it out of the folder, or take the captions from elsewhere (--captions sidecar)",
-                ),
+                name, Problem(name, "is a mask and has a row of its own", "a mask is not trained on", "remove its row")
             )
+            del answer.captions[name]
+    for name in list(answer.missing(listing.pictures)):
+        answer.fail(
+            name,
+            Problem(
+                name,
+                f"has no row in {listing.metadata[0]}",
+                "so it has no caption",
+                "add a row, move it out of the folder, or take the captions from elsewhere (--captions sidecar)",
+            ),
+        )
     return answer
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,13 +26,22 @@ Resolution = Annotated[
     int | None,
     typer.Option(
         min=8,
-        help="Side of the square bucket in pixels; all buckets have about this area. 512 for SD1.x, 1024 for SDXL, "
-        "which is taken if nothing is given.",
+        help="Side of the square bucket in pixels; all buckets have about this area. 512 for SD1.x; if not given "
+        "that of --base, else 1024.",
         show_default=False,
     ),
 ]
 Multiple = Annotated[
-    int | None, typer.Option(min=1, help="Step of the sides in pixels; 64 if not given.", show_default=False)
+    int | None,
+    typer.Option(min=1, help="Step of the sides in pixels; that of --base, else 64, if not given.", show_default=False),
+]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        help="The base model that will be trained: its folder, its .safetensors file, or demo. Gives the sizes that "
+        "training takes; no weight is read.",
+        show_default=False,
+    ),
 ]
 MinSide = Annotated[
     int | None, typer.Option(min=1, help="Shortest side; half the resolution if not given.", show_default=False)
@@ -47,12 +57,17 @@ Upscale = Annotated[
     bool, typer.Option("--upscale", help="Enlarge small pictures; otherwise they get a smaller bucket.")
 ]
 
+BASE_READERS: list[Callable[[str, int | None], tuple[int, int]]] = []
+"""Who knows base models: (base, resolution or None) -> (resolution, step), pixels. This package knows none; the
+toolkit that trains enters its own rule here."""
+
 
 # keep: a command's options are its parameters.
 @app.command()
 def bucket(  # noqa: PLR0913
     folder: Folder,
     *,
+    base: Base = None,
     resolution: Resolution = None,
     multiple: Multiple = None,
     min_side: MinSide = None,
@@ -70,54 +85,68 @@ def bucket(  # noqa: PLR0913
 
     Reads metadata.jsonl if `scan --write` made one, without the pictures whose verdict is drop; else decodes the
     pictures. Pictures with focus_x and focus_y (shares of width and height) in the manifest are cropped around that
-    point, the others in the middle.
+    point, with focus_width and focus_height zoomed to it; the others are cut in the middle.
 
     Examples:
 
-      finetune data bucket photos --resolution 512
+      finetune data bucket photos --base models/sd15
 
       finetune data bucket photos --preset sdxl-paper --picture plan.png
     """
     if this_process().rank:
         return
     console = Console()
-    sizes, step = choose(resolution, multiple, min_side, max_side, preset)
+    sizes, step, _ = choose(base, resolution, multiple, min_side, max_side, preset)
     result = _read(folder, workers)
+    found, misfits = buckets.fit(result.records, sizes, upscale=upscale, multiple=step)
+    fitting = [(record, place) for record, place in zip(result.records, found, strict=True) if place is not None]
+    records, placements = [record for record, _ in fitting], [place for _, place in fitting]
+    result.problems.extend((*misfits, *buckets.zoom_notes(records, placements)))
     if not as_json:
         print_problems(console, result)
-    placements = buckets.place(result.records, sizes, upscale=upscale, multiple=step)
     if as_json:
-        typer.echo(json.dumps(_to_json(result.records, placements), ensure_ascii=False, indent=1))
+        typer.echo(json.dumps(_to_json(records, placements), ensure_ascii=False, indent=1))
     else:
-        _print_buckets(console, result.records, placements, sizes)
+        _print_buckets(console, records, placements, sizes)
         if files:
-            _print_placements(console, result.records, placements)
+            _print_placements(console, records, placements)
     if picture is not None:
-        save_plan(result.records, placements, picture)
+        save_plan(records, placements, picture)
         if not as_json:
             say(console, f"Drew the plan into {shown(str(picture))}.")
     result.raise_for_errors()
 
 
 def choose(
+    base: str | None,
     resolution: int | None,
     multiple: int | None,
     min_side: int | None = None,
     max_side: int | None = None,
     preset: str | None = None,
-) -> tuple[list[Size], int | None]:
-    """The buckets asked for, and the step of extra ones for small pictures.
+) -> tuple[list[Size], int | None, str]:
+    """The buckets asked for, the step of extra ones for small pictures, and how to call them.
 
     Raises:
-        UsageError: a preset and numbers beside it; or sizes that leave no bucket.
+        UsageError: a preset or a base and numbers beside it that contradict it; or sizes that leave no bucket.
     """
-    if preset is None:
-        return buckets.make_buckets(resolution or 1024, multiple or 64, min_side, max_side), multiple or 64
-    numbers = {"resolution": resolution, "multiple": multiple, "min-side": min_side, "max-side": max_side}
-    given = [f"--{name}" for name, value in numbers.items() if value is not None]
+    numbers = {"multiple": multiple, "min-side": min_side, "max-side": max_side}
+    if preset is not None:
+        _alone(f"--preset {preset} is a whole list of sizes", numbers | {"base": base, "resolution": resolution})
+        return buckets.preset(preset), None, f"The list {preset}"
+    if base is not None:
+        _alone(f"--base {shown(base)} says how its buckets grow", numbers)
+        if not BASE_READERS:
+            raise UsageError("--base is known to `finetune data`, not to this command alone; give --resolution.")
+        resolution, multiple = BASE_READERS[0](base, resolution)
+    side, step = resolution or 1024, multiple or 64
+    return buckets.make_buckets(side, step, min_side, max_side), step, f"{side} px in steps of {step}"
+
+
+def _alone(why: str, others: dict[str, Any]) -> None:
+    given = [f"--{name}" for name, value in others.items() if value is not None]
     if given:
-        raise UsageError(f"--preset {preset} is a whole list of sizes; leave out {', '.join(given)}.")
-    return buckets.preset(preset), None
+        raise UsageError(f"{why}; leave out {', '.join(given)}.")
 
 
 def _read(folder: Path, workers: int | None) -> ScanResult:
@@ -129,7 +158,7 @@ def _read(folder: Path, workers: int | None) -> ScanResult:
 
 
 def _print_buckets(
-    console: Console, records: list[ImageRecord], placements: list[Placement], sizes: list[Size]
+    console: Console, records: Sequence[ImageRecord], placements: list[Placement], sizes: list[Size]
 ) -> None:
     rows = [
         (
@@ -146,7 +175,7 @@ def _print_buckets(
     print_table(console, "buckets", columns, rows)
 
 
-def _print_placements(console: Console, records: list[ImageRecord], placements: list[Placement]) -> None:
+def _print_placements(console: Console, records: Sequence[ImageRecord], placements: list[Placement]) -> None:
     rows = [
         (
             record.file_name,
@@ -162,7 +191,7 @@ def _print_placements(console: Console, records: list[ImageRecord], placements: 
     print_table(console, "every picture (width x height)", columns, rows)
 
 
-def _to_json(records: list[ImageRecord], placements: list[Placement]) -> dict[str, Any]:
+def _to_json(records: Sequence[ImageRecord], placements: list[Placement]) -> dict[str, Any]:
     """All sizes are [width, height] and all points [left, top], pixels."""
     return {
         "buckets": [row.as_json() for row in buckets.plan_table(records, placements)],

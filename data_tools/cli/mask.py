@@ -79,8 +79,8 @@ def mask(  # noqa: PLR0913
 
     The masks are masks/NAME.png, which training reads by itself and which can be painted over by hand. A model finds
     what --of names; a run that was killed goes on, and under `accelerate launch` the processes share the pictures.
-    `clean --focus-on-masks --write` lets crops look at them. A picture in which nothing is found is listed and gets
-    no mask.
+    `clean --focus-on-masks --write` lets crops look at them, `clean --zoom 0.5 --write` zooms to them. A picture in
+    which nothing is found is listed and gets no mask.
 
     Exit code: 0 done, 2 wrong option or no weights, 3 pictures in which nothing is found, 5 disk, 8 pickled weights.
 

@@ -37,8 +37,9 @@ def print_table(
     rows: Sequence[Sequence[str]],
     most: int | None = None,
     more: str = "",
+    count: int | None = None,
 ) -> None:
-    """The first `most` rows, and how many more there are; nothing where there is none.
+    """The first `most` rows, and how many more of `count` (all, if None) there are; nothing where there is none.
 
     Cells are plain text: file names and captions must neither style nor steer the terminal.
     """
@@ -50,8 +51,9 @@ def print_table(
     for row in rows[:most]:
         table.add_row(*(Text(shown(cell)) for cell in row))
     console.print(table)
-    if most is not None and len(rows) > most:
-        say(console, f"... and {len(rows) - most:,} more{more}.")
+    count = len(rows) if count is None else count
+    if most is not None and count > most:
+        say(console, f"... and {count - most:,} more{more}.")
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from rich.console import Console
 from data_tools.captioners import AUTO
 from data_tools.clean import Cleaning, assist, examine
 from data_tools.cli.app import AsJson, Background, Captions, Folder, Strict, Template, TokenizerPlace, Workers, app
-from data_tools.cli.bucket import Multiple, Preset, Resolution, Upscale, choose
+from data_tools.cli.bucket import Base, Multiple, Preset, Resolution, Upscale, choose
 from data_tools.cli.examining import Against, Limits, Verdicts, opened, settings
 from data_tools.cli.printing import say
 from data_tools.errors import DataToolsError, UsageError, counted, gravest, shown
@@ -50,6 +50,7 @@ def report(  # noqa: PLR0913
     folder: Folder,
     *,
     output: Output = Path("report.html"),
+    base: Base = None,
     resolution: Resolution = None,
     multiple: Multiple = None,
     preset: Preset = None,
@@ -77,16 +78,16 @@ def report(  # noqa: PLR0913
 
     Examples:
 
-      finetune data report photos --resolution 512 --tokenizer base/ -o photos.html
+      finetune data report photos --base models/sd15 -o photos.html
 
       finetune data report photos --preset sdxl-paper --strict --json
     """
     console = Console()
     rules = settings(limit, verdict)
-    sizes, step = choose(resolution, multiple, preset=preset)
-    name = f"The list {preset}" if preset else f"{resolution or 1024} px in steps of {multiple or 64}"
+    sizes, step, name = choose(base, resolution, multiple, preset=preset)
     plan = Plan(sizes, step, upscale, name, tuple(batch_size or BATCH_SIZES))
-    tokenizers = load_tokenizers(tokenizer) if tokenizer else {}
+    words = tokenizer or (base if base and not Path(base).is_file() else None)
+    tokenizers = load_tokenizers(words) if words else {}
     page, data = _places(output)
     with opened(
         folder, rules, captions=captions, template=template, background=background, workers=workers, against=against

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -96,8 +97,7 @@ def scan(  # noqa: PLR0913
     if as_json:
         print_json(result, exit_code=code)
     else:
-        _print_pictures(console, result.records)
-        print_summary(console, result)
+        print_summary(console, result, pictures=True)
         print_problems(console, result)
     conclude(result, strict)
     if write:
@@ -123,31 +123,45 @@ def _say(console: Console, text: str, as_json: bool) -> None:
         say(console, text)
 
 
-def _print_pictures(console: Console, records: list[ImageRecord]) -> None:
-    """The first few pictures, without the columns that would say nothing."""
-    columns: dict[str, list[str]] = {
-        "file": [record.file_name for record in records],
-        "size": [f"{record.width} x {record.height}" for record in records],
-        "repeats": [str(record.repeats) for record in records],
-        "role": [str(record.role) for record in records],
-        "caption": [_captions(record) for record in records],
-        "from": [record.source for record in records],
-        "notes": ["; ".join(record.notes) for record in records],
-    }
-    plain = {"repeats": "1", "role": "instance", "notes": ""}
-    told = {name: cells for name, cells in columns.items() if set(cells) != {plain.get(name)}}
-    print_table(console, "usable pictures", list(told), list(zip(*told.values(), strict=True)), SHOWN_ROWS)
+def _print_pictures(console: Console, records: Sequence[ImageRecord], told: Collection[str]) -> None:
+    """The first few pictures; of the columns that often say nothing those that are `told`."""
+    rows = [
+        {
+            "file": record.file_name,
+            "size": f"{record.width} x {record.height}",
+            "repeats": str(record.repeats),
+            "role": record.role,
+            "caption": record.captions[0] + (f" (+{len(record.captions) - 1})" if len(record.captions) > 1 else ""),
+            "from": record.source,
+            "notes": "; ".join(record.notes),
+        }
+        for record in records[:SHOWN_ROWS]
+    ]
+    columns = [name for name in (rows[0] if rows else ()) if name not in ("repeats", "role", "notes") or name in told]
+    cells = [[row[name] for name in columns] for row in rows]
+    print_table(console, "usable pictures", columns, cells, SHOWN_ROWS, count=len(records))
 
 
-def _captions(record: ImageRecord) -> str:
-    return record.captions[0] + (f" (+{len(record.captions) - 1})" if len(record.captions) > 1 else "")
+def print_summary(console: Console, result: ScanResult, pictures: bool = False) -> None:
+    """How many pictures there are, where their captions come from, how large they are; before it the first `pictures`.
 
-
-def print_summary(console: Console, result: ScanResult) -> None:
-    """How many pictures there are, where their captions come from, how large they are."""
+    All in one go through the records, which may be many and lie on the disk.
+    """
     records = result.records
-    sources = Counter(record.source for record in records)
-    samples = sum(record.repeats for record in records)
+    sources, roles = Counter[str](), Counter[str]()
+    samples, told = 0, set()
+    small = large = records[0] if records else None
+    for record in records:
+        sources[record.source] += 1
+        roles[record.role] += 1
+        samples += record.repeats
+        small, large = min(small or record, record, key=_area), max(large or record, record, key=_area)
+        if record.notes:
+            told.add("notes")
+    told |= {"repeats"} if samples != len(records) else set()
+    told |= {"role"} if roles["class"] else set()
+    if pictures:
+        _print_pictures(console, records, told)
     counts = ", ".join(f"{count} from {source}" for source, count in sources.most_common())
     say(
         console,
@@ -155,13 +169,15 @@ def print_summary(console: Console, result: ScanResult) -> None:
         + (f"; captions: {counts}" if counts else "")
         + ".",
     )
-    if records:
-        small, large = (chosen(records, key=lambda record: record.width * record.height) for chosen in (min, max))
+    if small is not None and large is not None:
         say(console, f"Sizes from {small.width} x {small.height} to {large.width} x {large.height} pixels.")
     known = len(records) - result.decoded
     if known > 0:
         now = counted(result.decoded, "picture was", "pictures were")
         say(console, f"{now} decoded now; the others were known already.")
-    roles = Counter(record.role for record in records)
     if roles["class"]:
         say(console, f"Roles: {roles['instance']} instance, {roles['class']} class.")
+
+
+def _area(record: ImageRecord) -> int:
+    return record.width * record.height

@@ -17,6 +17,7 @@ from data_tools.processes import this_process
 from data_tools.report.tokens import load_tokenizers
 from data_tools.tokens import Count, at_least, count
 
+SHOWN_CHARACTERS = 300
 SHOWN_ROWS = 40
 
 
@@ -81,8 +82,12 @@ def _print(console: Console, counts: list[Count], cut: list[tuple[str, str, Coun
         rows.append((encoder, *map(str, (mine[0].room, len(mine), sizes[len(sizes) // 2], sizes[-1], lost))))
     encoders = ("text encoder", "reads", "captions", "median", "longest", "cut")
     print_table(console, "tokens of the captions", encoders, rows)
-    losses = [(name, each.encoder, f"{each.tokens} of {each.room}", each.lost) for name, _, each in cut]
+    losses = [(name, each.encoder, f"{each.tokens} of {each.room}", _begin(each.lost)) for name, _, each in cut]
     columns = ("file", "text encoder", "tokens", "not read")
     print_table(console, "what falls off", columns, losses, SHOWN_ROWS, "; --json lists all")
     if not exact:
         say(console, "A lower bound: rare words are several tokens. For exact numbers give --tokenizer BASE_MODEL.")
+
+
+def _begin(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}... ({len(text):,} characters)"

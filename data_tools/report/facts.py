@@ -12,7 +12,7 @@ from data_tools import buckets
 from data_tools.buckets import Placement, Size
 from data_tools.captioners.kohya import top_folder
 from data_tools.clean import Cleaning, Judged
-from data_tools.errors import SEVERITIES, DataToolsError, Problem
+from data_tools.errors import SEVERITIES, Problem
 from data_tools.records import ImageRecord
 from data_tools.report.tokens import Tokenizers
 from data_tools.report.words import caption_facts
@@ -40,7 +40,8 @@ def gather(cleaning: Cleaning, plan: Plan, tokenizers: Tokenizers) -> Facts:
 
     Buckets, weights, steps and captions are those of the pictures that training sees: with a caption, and not dropped.
     """
-    placements, misfits = _place(cleaning.judged, plan)
+    everything = (each.record for each in cleaning.judged)
+    placements, misfits = buckets.fit(everything, plan.sizes, upscale=plan.upscale, multiple=plan.multiple)
     waiting = {record.file_name for record in cleaning.scan.uncaptioned}
     used = [
         (each.record, placement)
@@ -57,7 +58,8 @@ def gather(cleaning: Cleaning, plan: Plan, tokenizers: Tokenizers) -> Facts:
     records = [record for record, _ in used]
     cuts = [placement for _, placement in used]
     dropped = {each.record.file_name for each in cleaning.judged if each.record.verdict == "drop"}
-    problems = [_settled(problem, dropped) for problem in (*cleaning.scan.problems, *misfits)]
+    zoomed = buckets.zoom_notes(records, cuts)
+    problems = [_settled(problem, dropped) for problem in (*cleaning.scan.problems, *misfits, *zoomed)]
     counts = cleaning.counts()
     captions = caption_facts(records, tokenizers)
     return {
@@ -96,26 +98,6 @@ def _settled(problem: Problem, dropped: Iterable[str]) -> Problem:
     if problem.severity == "warning" and problem.file_name in dropped:
         return replace(problem, severity="note")
     return problem
-
-
-def _place(judged: Sequence[Judged], plan: Plan) -> tuple[list[Placement | None], list[Problem]]:
-    placements: list[Placement | None] = []
-    misfits = []
-    for each in judged:
-        try:
-            placements += buckets.place([each.record], plan.sizes, upscale=plan.upscale, multiple=plan.multiple)
-        except DataToolsError:
-            placements.append(None)
-            size = f"{each.record.width} x {each.record.height} pixels"
-            misfits.append(
-                Problem(
-                    each.record.file_name,
-                    f"is {size}, smaller than one step of the buckets",
-                    "training cannot show it",
-                    "remove it, or allow upscaling",
-                )
-            )
-    return placements, misfits
 
 
 def _checks(cleaning: Cleaning) -> list[Facts]:

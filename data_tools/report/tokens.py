@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from data_tools.errors import UsageError, shown
+from data_tools.hub import only_fetched
 
 NAMES = ("tokenizer", "tokenizer_2", "tokenizer_3")
 """Sub-folders of a diffusers model; each text encoder has its own."""
@@ -106,7 +107,9 @@ def _from_hub(name: str) -> Tokenizers:
 def _through_transformers(place: str, subfolder: str) -> Tokenizer:
     auto = importlib.import_module("transformers").AutoTokenizer
     try:
-        loaded = auto.from_pretrained(place, subfolder=subfolder, trust_remote_code=False)
+        loaded = auto.from_pretrained(
+            place, subfolder=subfolder, trust_remote_code=False, local_files_only=only_fetched(place)
+        )
     except (OSError, ValueError) as error:
         raise UsageError(
             f"--tokenizer {shown(place)}: no tokenizer can be loaded ({str(error).splitlines()[0]}); give a folder "

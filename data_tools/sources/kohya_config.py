@@ -12,7 +12,7 @@ import difflib
 import json
 import tomllib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -241,7 +241,7 @@ def _sidecar(subset: Subset, name: str) -> str:
     return "\n".join(split_captions(decode_text(read_regular(path, MAX_CAPTION_BYTES))))
 
 
-def _metadata(subset: Subset, pictures: list[str]) -> tuple[dict[str, str], list[Problem]]:
+def _metadata(subset: Subset, pictures: Sequence[str]) -> tuple[dict[str, str], list[Problem]]:
     """Captions of a fine-tuning subset: {"cat" or a path: {"caption": ..., "tags": ...}} in a JSON file."""
     written = subset.settings.get("metadata_file")
     if not written:

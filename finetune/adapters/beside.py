@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import inject_adapter_in_model
+from peft.import_utils import is_torchao_available
 from peft.tuners.boft import layer as boft_layers
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ from finetune.adapters.methods import METHODS, Where
 from finetune.adapters.parts import Target
 from finetune.adapters.starts import STARTS, SUBTRACTED, start, start_factors
 from finetune.adapters.updates import UPDATES
+from finetune.errors import ConfigError
 
 SLOT = "default"
 """PEFT's name for the adapter that is trained; it never reaches a file."""
@@ -36,6 +38,8 @@ class Beside:
         self.constants: dict[str, Tensor] = {}
         self._target = target
         self._plans: dict[str, LayerPlan] = {}
+        if problems := peft_problems():
+            raise ConfigError("Adapters cannot be put in:", problems)
         where = _where(target)
         slots = (SLOT, BEGIN) if target.shape.init in SUBTRACTED else (SLOT,)
         for slot in slots:
@@ -149,6 +153,15 @@ class Beside:
             held[BEGIN]["lora_B.weight"].copy_(-held[SLOT]["lora_B.weight"])
             for suffix, parameter in held[BEGIN].items():
                 self.constants[f"{canonical}.{suffix}.{BEGIN}"] = parameter
+
+
+def peft_problems() -> list[str]:
+    """What is installed that PEFT refuses to put any adapter beside, with what to do about it."""
+    try:
+        is_torchao_available()
+    except ImportError as error:
+        return [f"{error}. Nothing here needs torchao: `pip uninstall torchao`, or `pip install -U torchao`."]
+    return []
 
 
 @contextlib.contextmanager

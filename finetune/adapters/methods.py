@@ -171,14 +171,14 @@ def rotatable(layer: nn.Module, shape: Shape) -> str | None:
 
 
 def storage_of(layer: nn.Module) -> str:
-    """How a layer's weight is held: "plain" numbers it computes with, "fp8", "packed" bits (bitsandbytes), or on the
-    "host", where the layer may not compute.
+    """How a layer's weight is held: "plain" numbers it computes with, "fp8", "packed" into integers (int8, nf4), or on
+    the "host", where the layer may not compute.
     """
     weight = getattr(layer, "weight", None)
     if hasattr(layer, "resident"):
         return "host"
     # keep: bitsandbytes packs a weight when it is moved to its device, which may be later.
-    if type(weight).__name__ in ("Params4bit", "Int8Params"):
+    if type(weight).__name__ == "Params4bit" or (weight is not None and not weight.is_floating_point()):
         return "packed"
     return "fp8" if weight is not None and weight.is_floating_point() and weight.dtype.itemsize == 1 else "plain"
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import warnings
 from collections.abc import Callable
 
@@ -12,11 +10,14 @@ from rich.console import Console
 from typer.models import CommandInfo, TyperInfo
 
 from data_tools.cli import app as data_app
+from data_tools.cli.bucket import BASE_READERS
 from data_tools.errors import DataToolsError
 from finetune.cli import cache, convert, export, inspect, merge, plan, sample, show, train, watch
 from finetune.cli.app import Overrides, app
 from finetune.config import Run
+from finetune.data.training_size import base_training_size
 from finetune.errors import UserError
+from finetune.quiet import quiet_libraries
 from finetune.run_files import change_run
 
 COMMANDS = (train, watch, plan, show, sample, export, inspect, convert, merge, cache)
@@ -27,8 +28,8 @@ PANELS = {
     "Start here": ("demo", "init", "show"),
     "Your pictures": ("cache", "data"),
     "Train": ("plan", "train", "watch"),
-    "Use what was learned": ("sample", "export", "build", "push"),
-    "Adapter files of any make": ("inspect", "convert", "merge", "resize", "extract", "diff"),
+    "Use the result": ("sample", "export", "build", "push"),
+    "Adapter files from any trainer": ("inspect", "convert", "merge", "resize", "extract", "diff"),
 }
 """Where and in which order the help lists the commands; a test holds the names against the commands."""
 
@@ -49,6 +50,7 @@ def command_name(registered: CommandInfo | TyperInfo) -> str:
 
 
 _arrange()
+BASE_READERS.append(base_training_size)
 
 
 def run_recipe(run: Run) -> None:
@@ -69,17 +71,10 @@ def main() -> None:
     _guarded(app)
 
 
-def _quiet_libraries() -> None:
-    """What the libraries tell their developers is not for our users; errors still come through."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+def _guarded(call: Callable[[], object]) -> None:
+    quiet_libraries()
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-
-def _guarded(call: Callable[[], object]) -> None:
-    _quiet_libraries()
     errors = Console(stderr=True, highlight=False, emoji=False)
     try:
         call()

@@ -17,13 +17,13 @@ from finetune.demo import BASE_DIR
 from finetune.run_files import RUN_FILE, fields_of, recipe_names
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "bitsandbytes")
-"""What a report of a fault should name the versions of."""
+"""What a bug report should name the versions of."""
 
 app = Application(
     name="finetune",
     help="Turn a folder of pictures into a LoRA adapter for Stable Diffusion, and prove that it works.\n\n"
     "First time here: `finetune demo` shows the whole job in three minutes, without a GPU or a download. "
-    "Then: `finetune init sd15-lora > my.yaml`, edit two lines, `finetune train my.yaml`.",
+    "Then: `finetune init sd15-lora > my.yaml`, name your data.folder and output_dir in it, `finetune train my.yaml`.",
 )
 
 
@@ -46,7 +46,7 @@ def _version(library: str) -> str:
 def finetune(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_tell_versions, is_eager=True, help="Versions, for a report of a fault."),
+        typer.Option("--version", callback=_tell_versions, is_eager=True, help="Print versions, for bug reports."),
     ] = False,
 ) -> None:
     """Options of the application itself; what it is stands above."""

@@ -22,15 +22,15 @@ def cache(
     ] = False,
     prune: Annotated[
         bool,
-        typer.Option("--prune", help="Remove damaged and half-written files, and those that --unused names."),
+        typer.Option("--prune", help="Delete damaged and half-written files, and files selected by --unused."),
     ] = False,
     unused: Annotated[
-        float | None, typer.Option(metavar="DAYS", min=0, help="Also name files that no run has used for these days.")
+        float | None, typer.Option(metavar="DAYS", min=0, help="Also list files that no run has used for DAYS.")
     ] = None,
 ) -> None:  # fmt: skip
-    """Show what is in a cache of encoded pictures, masks and captions; nothing is deleted unless --prune asks.
+    """Inspect a cache of encoded pictures, masks and captions; nothing is deleted without --prune.
 
-    Training encodes pictures and captions once and keeps them here, so that steps and later runs need not.
+    Training encodes pictures and captions once and keeps the results here, for all steps and for later runs.
 
     Examples:
 
@@ -39,7 +39,7 @@ def cache(
       finetune cache shared-cache --unused 30 --prune
     """
     if prune and check:
-        raise ConfigError("--check looks and --prune removes; give one of them (--prune checks as well).")
+        raise ConfigError("--check and --prune cannot be combined; --prune checks as well.")
     reporter = ConsoleReporter()
     found = finetune.inspect_cache(folder, reporter, read=check or prune, unused_days=unused)
     damaged = found.damaged
@@ -48,6 +48,6 @@ def cache(
     reporter.table(f"Cache in {found.folder}", found.rows())
     if check and damaged:
         raise DataError(
-            f"{counted(len(damaged), 'file is', 'files are')} damaged; no run reads such, it encodes anew.",
-            [*(str(path) for path in damaged[:20]), f"`finetune cache {folder} --prune` removes them"],
+            f"{counted(len(damaged), 'file is', 'files are')} damaged; training ignores them and encodes anew.",
+            [*(str(path) for path in damaged[:20]), f"`finetune cache {folder} --prune` deletes them"],
         )

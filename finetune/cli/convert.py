@@ -8,14 +8,14 @@ from typing import Annotated
 import typer
 
 import finetune
-from finetune import before
+from finetune import early_checks
 from finetune.cli.app import app, base_path
 from finetune.cli.options import choice
 from finetune.console import ConsoleReporter
-from finetune.interchange import asked
+from finetune.interchange import choices
 
 READ = "A .safetensors file of any layout, a PEFT folder, or a run folder."
-SHARE = {"rich_help_panel": "How much is kept: one of these"}
+SHARE = {"rich_help_panel": "How much to keep (choose one)"}
 WRITTEN = {"rich_help_panel": "The new file"}
 
 Adapter = Annotated[Path, typer.Argument(help=READ)]
@@ -24,21 +24,21 @@ Layout = Annotated[
     str,
     choice(
         "layout (--to)",
-        asked.LAYOUTS,
-        help="kohya is read by A1111, Forge, ComfyUI, InvokeAI and sd-scripts.",
+        choices.LAYOUTS,
+        help="kohya: for A1111, Forge, ComfyUI, InvokeAI and sd-scripts; ours: for this toolkit.",
         **WRITTEN,
     ),
 ]
 Dtype = Annotated[
     str | None,
-    choice("number format (--dtype)", asked.NUMBER_FORMATS, help="Default: as in the source.", **WRITTEN),
+    choice("number format (--dtype)", choices.NUMBER_FORMATS, help="Default: as in the source.", **WRITTEN),
 ]
 Base = Annotated[
     Path | None,
     typer.Option(
         metavar="PATH",
         parser=base_path,
-        help="Diffusers folder of its base, needed if that is not one of the published models; demo: the embedded one.",
+        help="Diffusers folder of the base, needed if that is not a published model; demo: the embedded base.",
     ),
 ]
 Energy = Annotated[
@@ -59,21 +59,21 @@ def convert(
         typer.Option(
             metavar="PATH",
             parser=base_path,
-            help="Its base: a diffusers folder if it is not one of the published models; a folder or file to measure "
-            "what --allow-lossy loses.",
+            help="Its base: a diffusers folder if that is not a published model; a folder or file to measure what "
+            "--allow-lossy loses.",
         ),
     ] = None,
     dtype: Dtype = None,
     allow_lossy: Annotated[
-        bool, typer.Option("--allow-lossy", help="Write what the layout cannot say exactly too; the loss is measured.")
+        bool, typer.Option("--allow-lossy", help="Approximate what the layout cannot express; the loss is measured.")
     ] = False,
     rank: Annotated[
-        int, typer.Option(min=1, help="With --allow-lossy: of the LoRA that stands in for another method.")
+        int, typer.Option(min=1, help="With --allow-lossy: rank of the LoRA that replaces other methods.")
     ] = 64,
 ) -> None:
-    """Put an adapter of any make into another layout, exactly or not at all; the new file is read back and compared.
+    """Convert an adapter to another layout, exactly or not at all; the new file is read back and compared.
 
-    Read are kohya, LyCORIS, diffusers old and new, PEFT, OneTrainer, ai-toolkit and SimpleTuner files.
+    Reads files of kohya, LyCORIS, diffusers (old and new), PEFT, OneTrainer, ai-toolkit and SimpleTuner.
 
     Examples:
 
@@ -81,8 +81,8 @@ def convert(
 
       finetune convert dora.safetensors lora.safetensors --to kohya --allow-lossy --base sd15.safetensors
     """
-    asked.check_target(target, to, [source])
-    before.files([source])
+    choices.check_output(target, to, dtype or "", [source])
+    early_checks.files([source])
     reporter = ConsoleReporter()
     done = finetune.convert_adapter(
         source, target, to=to, dtype=dtype or "", base=base, allow_lossy=allow_lossy, rank=rank, reporter=reporter
@@ -94,7 +94,7 @@ def convert(
 def resize(  # noqa: PLR0913, PLR0917 - what the user chooses
     source: Adapter,
     target: Target,
-    rank: Annotated[int | None, typer.Option(help="The rank; beside a share: the largest.", **SHARE)] = None,
+    rank: Annotated[int | None, typer.Option(help="The rank; with another of these, the largest.", **SHARE)] = None,
     energy: Energy = None,
     frobenius: Frobenius = None,
     ratio: Annotated[
@@ -104,9 +104,9 @@ def resize(  # noqa: PLR0913, PLR0917 - what the user chooses
     base: Base = None,
     dtype: Dtype = None,
 ) -> None:
-    """Give an adapter another rank: a smaller file that does nearly the same.
+    """Reduce the rank of an adapter: a smaller file that does nearly the same.
 
-    Each layer keeps its largest singular values; how much of the change that is, is measured and told.
+    Each layer keeps its largest singular values; the share of the change that they hold is measured.
 
     Examples:
 
@@ -115,9 +115,9 @@ def resize(  # noqa: PLR0913, PLR0917 - what the user chooses
       finetune resize big.safetensors small.safetensors --energy 0.95
     """
     shares = {"energy": energy, "frobenius": frobenius, "ratio": ratio}
-    asked.check_rank(rank, shares)
-    asked.check_target(target, to, [source])
-    before.files([source])
+    choices.check_rank(rank, shares)
+    choices.check_output(target, to, dtype or "", [source])
+    early_checks.files([source])
     reporter = ConsoleReporter()
     resized, written = finetune.resize_adapter(
         source, target, rank=rank, shares=shares, to=to, dtype=dtype or "", base=base, reporter=reporter
@@ -133,21 +133,21 @@ def extract(  # noqa: PLR0913, PLR0917 - what the user chooses
         typer.Argument(metavar="ORIGINAL", parser=base_path, help="The model it was trained from, of the same kind."),
     ],
     target: Target,
-    rank: Annotated[int, typer.Option(help="The rank; beside a share: the largest.", **SHARE)] = 64,
+    rank: Annotated[int, typer.Option(help="The rank; with another of these, the largest.", **SHARE)] = 64,
     energy: Energy = None,
     frobenius: Frobenius = None,
     network: Annotated[
         list[str] | None,
-        typer.Option(help="Take only this one: unet, transformer, text_encoder, ... Repeatable. Default: all."),
+        typer.Option(help="Only this network: unet, transformer, text_encoder, ... Repeatable. Default: all."),
     ] = None,
-    convolutions: Annotated[bool, typer.Option(help="Take 3x3 convolutions too.")] = True,
+    convolutions: Annotated[bool, typer.Option(help="Include 3x3 convolutions.")] = True,
     to: Layout = "kohya",
     base: Base = None,
     dtype: Annotated[
-        str, choice("number format (--dtype)", asked.NUMBER_FORMATS, help="What the file is written in.", **WRITTEN)
+        str, choice("number format (--dtype)", choices.NUMBER_FORMATS, help="Number format of the new file.", **WRITTEN)
     ] = "fp16",
 ) -> None:
-    """Get an adapter out of a fine-tuned model: the best LoRA for the difference to its base, and what it keeps.
+    """Extract a LoRA from a fine-tuned model: the best approximation of its difference from the base.
 
     Both models may be folders or single files.
 
@@ -158,9 +158,9 @@ def extract(  # noqa: PLR0913, PLR0917 - what the user chooses
       finetune extract tuned/ base/ lora.safetensors --energy 0.98 --network unet
     """
     shares = {"energy": energy, "frobenius": frobenius}
-    asked.check_rank(rank, shares)
-    asked.check_target(target, to, [tuned, original])
-    before.models([tuned, original])
+    choices.check_rank(rank, shares)
+    choices.check_output(target, to, dtype or "", [tuned, original])
+    early_checks.models([tuned, original])
     reporter = ConsoleReporter()
     extracted, written = finetune.extract_adapter(
         tuned, original, target, rank=rank, shares=shares, components=tuple(network or ()), convolutions=convolutions,

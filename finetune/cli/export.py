@@ -1,4 +1,4 @@
-"""Commands that write adapters for other programs and publish them."""
+"""Commands that export adapters for other programs and publish them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, get_args
 import typer
 
 import finetune
-from finetune import before
+from finetune import early_checks
 from finetune.cli.app import app
 from finetune.cli.options import choice
 from finetune.config.export import Format, NumberFormat, Openness
@@ -33,13 +33,13 @@ def export(  # noqa: PLR0913, PLR0917 - what the user chooses
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Where to. Default: exports in the run folder, a folder per STEP in it."),
+        typer.Option("--output", "-o", help="Output folder. Default: exports/ (and step-N/ in it) in the run folder."),
     ] = None,
     dtype: Annotated[
         str | None, choice("number format (--dtype)", get_args(NumberFormat), help="Default: the run's own.")
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Keep a merged model although rounding takes much of the adapter.")
+        bool, typer.Option("--force", help="Keep a merged model even if rounding loses much of the adapter.")
     ] = False,
     checkpoint: Annotated[
         str,
@@ -48,22 +48,23 @@ def export(  # noqa: PLR0913, PLR0917 - what the user chooses
     allow_lossy: Annotated[
         bool,
         typer.Option(
-            "--allow-lossy", help="Write a LoRA where a format cannot say what the adapter does; the loss is measured."
+            "--allow-lossy",
+            help="Approximate with a LoRA where a format cannot express the adapter; the loss is measured.",
         ),
     ] = False,
     rank: Annotated[int, typer.Option(min=1, help="With --allow-lossy: the rank of that LoRA.")] = 64,
     metadata: Annotated[
         str | None,
-        choice("openness (--metadata)", get_args(Openness), help="What files say of the run. Default: the run's own."),
+        choice("openness (--metadata)", get_args(Openness), help="How much files tell of the run. Default: its own."),
     ] = None,
     install: Annotated[
         str,
-        typer.Option(metavar="comfyui:FOLDER|a1111:FOLDER", help="Also copy the files to where it reads them."),
+        typer.Option(metavar="comfyui:FOLDER|a1111:FOLDER", help="Also copy the files into this program's folders."),
     ] = "",
 ) -> None:
-    """Write the adapter in the layouts other programs load; each file is read back and compared before it counts.
+    """Export an adapter for other programs; each file is read back and compared with what was trained.
 
-    `finetune train` does this at its end; this is for other formats, other checkpoints, or a copy into a program.
+    `finetune train` exports at its end; use this for other formats or checkpoints, or to install into a program.
 
     Examples:
 
@@ -78,7 +79,7 @@ def export(  # noqa: PLR0913, PLR0917 - what the user chooses
     changes = [f"export.formats=[{', '.join(formats)}]"] if formats else []
     changes += [f"export.dtype={dtype}"] if dtype else []
     run = change_run(run, [*changes, *([f"export.metadata={metadata}"] if metadata else [])])
-    before.exporting(run_folder, run, checkpoint)
+    early_checks.exporting(run_folder, run, checkpoint)
     source = finetune.checkpoint_adapter(run_folder, checkpoint) if checkpoint else None
     exported = finetune.export_run(
         run_folder, run, output, reporter, force=force, source=source, lossy=rank if allow_lossy else None,
@@ -89,12 +90,12 @@ def export(  # noqa: PLR0913, PLR0917 - what the user chooses
 
 @app.command()
 def push(
-    folder: Annotated[Path, typer.Argument(help="What `finetune build` made: files, model card and manifest.")],
-    repository: Annotated[str, typer.Argument(help="OWNER/NAME on the Hugging Face hub; made if it is missing.")],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go, and send nothing.")] = False,
-    public: Annotated[bool, typer.Option("--public", help="Let everybody see a new repository.")] = False,
+    folder: Annotated[Path, typer.Argument(help="A folder made by `finetune build`: files, model card and manifest.")],
+    repository: Annotated[str, typer.Argument(help="OWNER/NAME on the Hugging Face hub; created if it is missing.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be uploaded and stop.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public instead of private.")] = False,
 ) -> None:
-    """Publish a built adapter on the Hugging Face hub; every file is looked through for private words before.
+    """Publish a built adapter on the Hugging Face hub, after checking every file for private paths and tokens.
 
     Log in first with `hf auth login`.
 
@@ -102,4 +103,4 @@ def push(
     """
     reporter = ConsoleReporter()
     sent = finetune.push_folder(folder, repository, dry_run=dry_run, public=public)
-    reporter.table("Would be sent" if dry_run else "Sent", sent.rows())
+    reporter.table("Would be uploaded" if dry_run else "Uploaded", sent.rows())

@@ -32,16 +32,16 @@ def inspect_file(
         typer.Option(
             metavar="PATH",
             parser=base_path,
-            help="Diffusers folder of its base, if that is not one of the published models; demo: the embedded one.",
+            help="Diffusers folder of its base, if that is not a published model; demo: the embedded base.",
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Everything, for programs.")] = False,
-    hashes: Annotated[bool, typer.Option("--hashes", help="Hash files above 1 GB too.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    hashes: Annotated[bool, typer.Option("--hashes", help="Also hash files above 1 GB.")] = False,
     norms: Annotated[bool, typer.Option(help="Measure how much each block is changed.")] = True,
 ) -> None:
-    """Say what a file is: layout, method, ranks, strength per block, trigger words, and which programs load it.
+    """Show what a file holds: layout, method, ranks, strength per block, trigger words, and which programs load it.
 
-    For adapters of any make, checkpoints and learned words; nothing in the file is run.
+    For adapters from any trainer, checkpoints and embeddings; no code in the file is executed.
 
     Examples:
 
@@ -70,9 +70,9 @@ def _summary(facts: Facts) -> Table:
     table.add_column(overflow="fold")
     formats = ", ".join(f"{count} {name}" for name, count in facts.dtypes.items())
     rows = {
-        "what": f"{facts.kind}, {facts.layout} layout" if facts.kind == "adapter" else facts.kind,
+        "kind": f"{facts.kind}, {facts.layout} layout" if facts.kind == "adapter" else facts.kind,
         "for": " or ".join(facts.candidates) if facts.candidates else facts.base,
-        "size": f"{facts.bytes:,} bytes, {counted(facts.tensors, 'tensor')} ({formats}), {facts.parameters:,} numbers",
+        "size": f"{facts.bytes:,} bytes, {facts.tensors} tensors ({formats}), {facts.parameters:,} parameters",
         **{f"method, {name}": _counts(counts) for name, counts in facts.methods.items()},
         **{f"rank, {name}": _counts(counts) for name, counts in facts.ranks.items()},
         **{f"alpha / rank, {name}": _counts(counts) for name, counts in facts.scales.items()},

@@ -12,13 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 import finetune
-from finetune import before
+from finetune import early_checks
 from finetune.cli.app import app, base_path
 from finetune.cli.convert import WRITTEN, Base, Layout
 from finetune.cli.options import choice
 from finetune.console import ConsoleReporter
 from finetune.errors import ConfigError
-from finetune.interchange import asked
+from finetune.interchange import choices
 from finetune.weighted import parse_weighted
 
 
@@ -35,42 +35,42 @@ def merge(  # noqa: PLR0913, PLR0917 - what the user chooses
         str,
         choice(
             "way of merging (--how)",
-            asked.WAYS,
-            help="concat: the exact sum, ranks add up. svd: its best approximation at --rank. linear: adds factors, "
-            "for checkpoints of one run. ties, dare: sums of what agrees, or of a random share.",
+            choices.MERGE_METHODS,
+            help="concat: the exact sum, ranks add up. svd: its best approximation at --rank. linear: sums of factors, "
+            "for checkpoints of one run. ties: the sum of what agrees. dare: of a random share.",
         ),
     ] = "concat",
     into: Annotated[
         Path | None,
         typer.Option(
-            help="Add them into this base instead: a diffusers folder or a .safetensors file.",
+            help="Merge into this base model instead: a diffusers folder or a .safetensors file.",
             parser=base_path,
             metavar="PATH",
         ),
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(help="Of the result of svd, ties and dare. Default: the adapters' largest.")
+        int | None, typer.Option(help="Rank of the result of svd, ties and dare. Default: the adapters' largest.")
     ] = None,
     density: Annotated[float, typer.Option(help="Share of values that ties and dare keep.")] = 0.5,
-    seed: Annotated[int, typer.Option(help="Of the values that dare drops.")] = 0,
+    seed: Annotated[int, typer.Option(help="Chooses the values that dare drops.")] = 0,
     to: Layout = "kohya",
     base: Base = None,
     dtype: Annotated[
         str | None,
         choice(
             "number format (--dtype)",
-            asked.NUMBER_FORMATS,
+            choices.NUMBER_FORMATS,
             help="Default: the widest of the adapters'; with --into the base's own.",
             **WRITTEN,
         ),
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="With --into: keep it although rounding takes much of the change.")
+        bool, typer.Option("--force", help="With --into: keep the result even if rounding loses much of the change.")
     ] = False,
 ) -> None:
-    """Make one adapter of several, or put them into a base model for good.
+    """Merge several adapters into one, or into a base model.
 
-    Weights stand behind an @; a negative one takes away. The result is read back and compared.
+    Weights follow an @; a negative weight subtracts. The result is read back and compared.
 
     Examples:
 
@@ -78,25 +78,25 @@ def merge(  # noqa: PLR0913, PLR0917 - what the user chooses
 
       finetune merge cat.safetensors --into sd15.safetensors -o sd15-cat.safetensors --dtype fp32
     """
-    asked.check_merge(rank, density)
+    choices.check_merge(rank, density)
     paths = [parse_weighted(text)[0] for text in adapters]
     reporter = ConsoleReporter()
     settings = {"how": how, "rank": rank, "density": density, "seed": seed}
     if into:
         if unused := [name for name, given in {"--to": to != "kohya", "--rank": rank is not None}.items() if given]:
             raise ConfigError(
-                f"{' and '.join(unused)} would do nothing together with --into.",
-                ["the result is a model in the base's own layout, and no rank limits it; leave them out."],
+                f"{' and '.join(unused)} cannot be used with --into.",
+                ["the result is a model in the base's own layout and has no rank; leave them out."],
             )
-        before.files(paths)
-        before.models([into])
+        early_checks.files(paths)
+        early_checks.models([into])
         done = finetune.merge_into_base(
             adapters, into, output, settings=settings, dtype=dtype or "", force=force, base=base, reporter=reporter
         )
         reporter.table("Merged", done.rows())
         return
-    asked.check_target(output, to, paths)
-    before.files(paths)
+    choices.check_output(output, to, dtype or "", paths)
+    early_checks.files(paths)
     merged, written = finetune.merge_adapters(
         adapters, output, settings=settings, to=to, dtype=dtype or "", base=base, reporter=reporter
     )
@@ -109,7 +109,7 @@ def diff(
     first: Annotated[Path, typer.Argument(help="An adapter of any layout.")],
     second: Annotated[Path, typer.Argument(help="Another one for the same kind of base.")],
     base: Base = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """Compare two adapters block by block: the angle between what they change, and which changes more.
 
@@ -117,7 +117,7 @@ def diff(
 
     Example: finetune diff epoch-5.safetensors epoch-9.safetensors
     """
-    before.files([first, second])
+    early_checks.files([first, second])
     found = finetune.diff_adapters(first, second, base)
     if as_json:
         typer.echo(json.dumps(asdict(found), indent=2))

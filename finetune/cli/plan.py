@@ -1,4 +1,4 @@
-"""Command that says what a run will do, take and leave."""
+"""Command that predicts what a run will do and need."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import finetune
-from finetune import before
+from finetune import early_checks
 from finetune.cli.app import Overrides, Recipe, app
 from finetune.console import ConsoleReporter
 from finetune.run_files import load_run
@@ -20,13 +20,17 @@ def plan(
     measure: Annotated[
         int,
         typer.Option(
-            min=0, metavar="STEPS", help="Time so many real steps as well; what they encode stays in the cache."
+            min=0,
+            metavar="STEPS",
+            help="Also time this many real steps. Missing class pictures are rendered and everything is encoded first, "
+            "and kept; that can take minutes.",
         ),
     ] = 0,
 ) -> None:
-    """Check a run and predict it: steps, epochs, trained parameters, memory, disk, and with --measure time.
+    """Check a run and predict its steps, epochs, parameters, memory and disk use; with --measure, its time too.
 
-    Memory is counted without a GPU, to a few percent of what a step takes. Nothing is trained or saved.
+    Memory is predicted without a GPU, to within a few percent of a real step. Nothing is trained, and without --measure
+    nothing is saved.
 
     Examples:
 
@@ -35,5 +39,5 @@ def plan(
       finetune plan my.yaml --set train.batch_size=4 --measure 5
     """
     run = load_run(recipe, overrides or ())
-    before.planning(run)
+    early_checks.planning(run)
     finetune.plan_run(run, ConsoleReporter(), measure)

@@ -16,7 +16,7 @@ from finetune.config import ModelConfig
 from finetune.console import ConsoleReporter
 from finetune.errors import ConfigError
 from finetune.prompt_lines import read_prompts
-from finetune.run_files import checked
+from finetune.run_files import change_section, checked
 from finetune.sampling.again import model_again, wanted_again
 from finetune.sampling.papers import shot_of
 from finetune.sampling.wanted import Wanted, check, model_of
@@ -58,6 +58,16 @@ class Asked:
         str,
         typer.Option(help="demo, a folder, a .safetensors or a hub id. Default: the run's, else demo.", **START),
     ] = ""
+    of_base: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="model.FIELD=VALUE",
+            help="What a recipe would say of the base: model.vae=FILE, model.text_encoders.text_encoder_2=FILE, "
+            "model.skeleton=FOLDER, ... Repeatable.",
+            **START,
+        ),
+    ] = None
     run: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="A run folder: its base and its adapter.", **START)
     ] = None
@@ -123,7 +133,9 @@ class Asked:
     mask: Annotated[
         Path | None, typer.Option(metavar="FILE", help="White is repainted, black is kept.", **STEER)
     ] = None
-    controlnet: Annotated[str | None, typer.Option(help="Folder or hub id of a ControlNet.", **STEER)] = None
+    controlnet: Annotated[
+        str | None, typer.Option(help="A ControlNet: a folder, a .safetensors or a hub id.", **STEER)
+    ] = None
     control_picture: Annotated[
         str,
         typer.Option(
@@ -151,13 +163,20 @@ class Asked:
     low_memory: Annotated[
         bool, typer.Option("--low-memory", help="Take less memory, and longer: decode in tiles, park text encoders.")
     ] = False
+    compile: Annotated[
+        bool, typer.Option("--compile", help="For many pictures on a GPU: a minute of compiling, then faster steps.")
+    ] = False
 
 
 BESIDE_AGAIN = {
-    "again", "output", "base", "run", "adapter", "second_base", "image", "mask", "controlnet", "control_picture",
-    "depth_model", "low_memory",
+    "again", "output", "base", "of_base", "run", "adapter", "second_base", "image", "mask", "controlnet",
+    "control_picture", "depth_model", "low_memory",
 }  # fmt: skip
 """What can be said beside --from: where things lie. All else is in the picture's own papers."""
+PARTS = ("vae", "text_encoders", "skeleton", "revision", "variant")
+"""Fields of `ModelConfig` that say where parts of the base lie."""
+READ_AS = ("prediction", "zero_terminal_snr", "t5_tokens")
+"""Fields that say how it is read and have no option of their own."""
 
 
 @app.command()
@@ -203,6 +222,7 @@ def _request(asked: Asked) -> tuple[ModelConfig, Wanted]:
     model, own, merged = model_of(asked.base, asked.run)
     said = {name: getattr(asked, name) for name in ("dtype", "clip_skip", "prompt_chunks")}
     said = {name: value for name, value in said.items() if value is not None}
+    model = tried(change_section, model, "model", asked.of_base or (), (*PARTS, *READ_AS), otherwise=model)
     model = tried(checked, ModelConfig, model.model_dump() | said, otherwise=model)
     lines = tried(read_prompts, asked.prompts_file, otherwise=["unread"]) if asked.prompts_file else []
     named = [tried(parse_weighted, text, otherwise=(Path(), 1.0)) for text in asked.adapter or ()]
@@ -238,7 +258,8 @@ def _draw_again(asked: Asked, picture: Path, reporter: ConsoleReporter) -> Path:
         "low_memory": asked.low_memory,
     }
     wanted = wanted_again(shot, [*own, *(parse_weighted(text)[0] for text in asked.adapter or ())], given)
-    model = model_again(shot, model if asked.base or asked.run else None)
+    named = model_again(shot, model if asked.base or asked.run else None)
+    model = change_section(named, "model", asked.of_base or (), PARTS)
     check(model, wanted, asked.output)
     return finetune.sample_again(shot, model, wanted, asked.output, reporter)
 

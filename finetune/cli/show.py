@@ -15,7 +15,9 @@ from finetune.show import annotated_yaml
 
 @app.command()
 def show(recipe: Recipe, overrides: Overrides = None) -> None:
-    """Print a run with every field, its value and what it means; the output is a YAML file that trains.
+    """Print every field of a run with its value and meaning, as YAML that can be edited and trained.
+
+    A run is a recipe, one of your files or a run folder, with the overrides of --set.
 
     Examples:
 
@@ -34,13 +36,13 @@ def init(
             metavar="RECIPE",
             show_default=False,
             autocompletion=complete_recipe,
-            help="A built-in recipe; without one they are listed.",
+            help="A built-in recipe; without a name, all are listed.",
         ),
     ] = "",
 ) -> None:
     """Print a built-in recipe as YAML to start from: `finetune init sd15-lora > my.yaml`.
 
-    Then set output_dir and, in the section data, folder and captions; `finetune train my.yaml` trains it.
+    Then set output_dir, data.folder and data.captions in the file, and train it with `finetune train my.yaml`.
     """
     recipes = recipe_names()
     if not name:

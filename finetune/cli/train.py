@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, cast, get_args
 
 import typer
 
 import finetune
-from finetune import before
+from finetune import early_checks
 from finetune.cli.app import Overrides, Recipe, app
 from finetune.cli.options import choice
 from finetune.config import Run
@@ -29,21 +30,20 @@ def train(
         choice(
             "answer (--resume)",
             get_args(Mode),
-            help="What to do about a run in the folder. auto: go on with it, or begin; must: refuse to begin; never: "
-            "refuse to go on."
+            help="auto: resume the run in the folder, or start one; must: only resume; never: only start."
         ),
     ] = "auto",
     accept_data_change: Annotated[
-        bool, typer.Option("--accept-data-change", help="Go on although pictures or captions have changed.")
+        bool, typer.Option("--accept-data-change", help="Resume even if pictures or captions have changed.")
     ] = False,
     strict_numerics: Annotated[
-        bool, typer.Option("--strict-numerics", help="Refuse to go on where last bits differ: another GPU or torch.")
+        bool, typer.Option("--strict-numerics", help="Refuse to resume on another GPU or torch: bits differ there.")
     ] = False,
 ) -> None:
-    """Train an adapter; run it again and it goes on where it stopped.
+    """Train an adapter; run the same command again to resume.
 
-    The run folder (output_dir) gets checkpoints, metrics.jsonl, sample sheets and the finished adapter. Ctrl-C saves
-    first; so does a file `stop` in the run folder; a file `save` saves without stopping.
+    The run folder (output_dir) receives checkpoints, metrics.jsonl, sample sheets and the finished adapter. Ctrl-C, or
+    a file named `stop` in the run folder, saves and stops; a file named `save` saves and goes on.
 
     Examples:
 
@@ -68,14 +68,14 @@ def demo(
             "kind of model (--family)",
             TWINS,
             metavar="NAME",
-            help="Run the job on a tiny random model of this kind instead, in a minute; it draws nothing: "
+            help="Run the job on a tiny random model of this family instead (a minute; it cannot draw): "
             f"{', '.join(TWINS)}.",
         ),
     ] = None,
 ) -> None:
     """Teach the embedded base model a subject it has never seen: the whole job, on a CPU, in about three minutes.
 
-    Nothing is downloaded. At the end stand a sheet of pictures before and after, figures and the exported adapter.
+    Nothing is downloaded. It ends with a sheet of pictures before and after, figures and the exported adapter.
 
     Examples:
 
@@ -92,17 +92,20 @@ def demo(
 @app.command()
 def build(
     recipe: Recipe,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the artifact; must not exist yet.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the artifact; must not exist yet.")],
     overrides: Overrides = None,
     max_ratio: Annotated[
-        float,
-        typer.Option(help="Fail when the validation loss, divided by the base model's, is above this."),
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            help="Fail if the validation loss, divided by the base model's, is above this. Default: fail unless it is "
+            "below 1 by more than its standard error.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
-    """Build an adapter as an artifact, for CI: check, train, score, export, verify, model card, hashes.
+    """Train and package an adapter, for releases and CI: score, verified exports, model card, hashes.
 
-    Fails with exit code 6 where the adapter is no better than its base. A finished run folder is packed, not trained
-    anew.
+    Exits with code 6 if the adapter is no better than its base. A finished run is packaged without training again.
 
     Examples:
 
@@ -112,8 +115,8 @@ def build(
     """
     reporter = ConsoleReporter()
     run = load_run(recipe, overrides or ())
-    before.building(run, output)
-    before.training(run, Resume())
+    early_checks.building(run, output, max_ratio)
+    early_checks.training(run, Resume())
     artifact = finetune.build_artifact(run, output, max_ratio, reporter)
     if artifact is None:
         return
@@ -122,17 +125,21 @@ def build(
 
 def train_and_export(run: Run, how: Resume | None = None) -> None:
     """Train, export what was learned, and say what came of it."""
-    before.training(run, how or Resume())
+    early_checks.training(run, how or Resume())
     reporter = ConsoleReporter()
     result = finetune.train(run, reporter, how)
     if not result.is_main_process:
         return
     result.let_go()
-    rows = []
-    if run.export.formats:
+    exported = []
+    if run.export.formats != ():
         exported = finetune.export_run(run.output_dir, run, run.output_dir / "exports", reporter)
-        rows = finetune.exported_rows(exported)
+    rows = finetune.exported_rows(exported)
     if result.validation:
-        value, error = result.validation.value, result.validation.error
-        rows.insert(0, ("Loss against the base", f"{value:.3f} +- {error:.3f} on {result.judged_on}"))
+        rows.insert(0, ("Loss relative to the base", f"{result.validation} on {result.judged_on}"))
     reporter.table("Done", rows)
+    folder = shlex.quote(str(run.output_dir))
+    prompt = next(iter((*run.samples.prompts, *run.trigger_words())), "a photo")
+    reporter.note(f"Draw with it: finetune sample {shlex.quote(prompt)} --run {folder}")
+    if any(item.format == "kohya" for item in exported):
+        reporter.note(f"Use it elsewhere: finetune export {folder} -f kohya --install comfyui:FOLDER (or a1111:FOLDER)")

@@ -1,8 +1,9 @@
-"""Command that shows a run on a live page."""
+"""Command that shows a run in the browser."""
 
 from __future__ import annotations
 
 import contextlib
+import socket
 from pathlib import Path
 from typing import Annotated
 
@@ -17,14 +18,14 @@ from finetune.run_files import load_run
 def watch(
     recipe: Recipe,
     overrides: Overrides = None,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the page; 0: any that is free.")] = 8780,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the page; 0 picks a free one.")] = 8780,
     host: Annotated[
-        str, typer.Option(help="127.0.0.1: seen on this machine only. 0.0.0.0: by all who reach it.")
+        str, typer.Option(help="127.0.0.1: only this machine can open the page; 0.0.0.0: any machine on the network.")
     ] = "127.0.0.1",
 ) -> None:
-    """Show a run while it trains: loss, validation, samples, time left. Ctrl-C ends the page, never the run.
+    """Watch a run in the browser: loss, validation, samples, time left. Ctrl-C closes the page, never the run.
 
-    It reads the run folder only, before, while and after the run goes on, in this process or another.
+    It only reads the run folder, so it can be started before, during or after training.
 
     Examples:
 
@@ -38,9 +39,10 @@ def watch(
     server = serve(folder, host, port)
     own = "127.0.0.1" if host in ("", "0.0.0.0") else host
     typer.echo(f"{folder}: http://{own}:{server.server_port}/")
+    port = server.server_port
     typer.echo(
-        f"On another machine: ssh -L {server.server_port}:127.0.0.1:{server.server_port}; in a notebook: "
-        f".../proxy/{server.server_port}/; Colab: google.colab.output.serve_kernel_port_as_window({server.server_port})"
+        f"On another machine: ssh -L {port}:127.0.0.1:{port} USER@{socket.gethostname()}; in a notebook: "
+        f".../proxy/{port}/; Colab: google.colab.output.serve_kernel_port_as_window({port})"
     )
     with contextlib.suppress(KeyboardInterrupt), server:
         server.serve_forever()

@@ -9,6 +9,8 @@ from pydantic import Field
 
 from finetune.config.section import Section
 
+RANK = 16
+"""The rank where none is named."""
 MethodName = Literal["lora", "rslora", "locon", "dora", "loha", "lokr", "oft", "boft", "ia3", "full"]
 
 
@@ -41,7 +43,7 @@ class NetworkAdapterConfig(Section):
 
     method: MethodName = "lora"
     """lora, rslora, locon (with convolutions), dora, loha, lokr, oft, boft, ia3; or full: the weights themselves."""
-    rank: int = Field(default=16, ge=1, le=1024)
+    rank: int = Field(default=RANK, ge=1, le=1024)
     """Width of the update; file size and memory grow with it. oft, boft: size of a block. ia3, full: unused."""
     alpha: float | None = Field(default=None, gt=0)
     """Strength: the update is scaled by alpha / rank (rslora: alpha / sqrt(rank)). None means alpha = rank."""
@@ -73,7 +75,8 @@ class AdapterConfig(NetworkAdapterConfig):
     """What is trained, and how large it is."""
 
     start_from: Path | None = None
-    """An adapter to go on from, of any layout `finetune inspect` reads: the same layers and ranks as this run's."""
+    """An adapter to continue from, in any layout that `finetune inspect` reads, with the same layers and ranks as this
+    run."""
     merge_first: tuple[str, ...] = ()
     """Adapters of any layout merged into the base before training, each as path or path@weight."""
 

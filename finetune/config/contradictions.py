@@ -1,10 +1,12 @@
-"""Combinations of fields that cannot work together, each with the way out. To add one, write and list its function."""
+"""Combinations of fields that cannot work together, each with the remedy. To add one, write and list its function."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
+
+from finetune.config.adapter import RANK
 
 if TYPE_CHECKING:
     from finetune.config.run import Run
@@ -33,10 +35,36 @@ def warm_up(run: Run) -> list[str]:
 
 
 def template(run: Run) -> list[str]:
-    """Captions from a template need one."""
-    if run.data.captions != "template" or run.data.caption_template:
+    """Captions from a template need one, and captions from elsewhere read none."""
+    source, sentence = run.data.captions, run.data.caption_template
+    if source == "template" and not sentence:
+        return ["data.captions=template needs data.caption_template, e.g. \"a photo of sks dog\""]
+    if source not in ("template", "auto") and sentence is not None:
+        return [
+            f"data.caption_template={sentence!r} is never used with data.captions={source}; set "
+            "data.caption_template=null, or data.captions=auto, which takes the template where there is no caption"
+        ]
+    return []
+
+
+def adapters_without_rank(run: Run) -> list[str]:
+    """A rank that no layer has was meant for another method."""
+    sections = (("adapter", run.adapter), ("text_encoder_adapter", run.text_encoder_adapter))
+    return [
+        f"{name}.rank={section.rank} has no meaning for {name}.method={section.method}; leave it out"
+        for name, section in sections
+        if section is not None and section.method in ("ia3", "full") and section.rank != RANK
+    ]
+
+
+def samples_of_something(run: Run) -> list[str]:
+    """Sample sheets need prompts."""
+    if run.samples.prompts or not run.samples.every:
         return []
-    return ["data.captions=template needs data.caption_template, e.g. \"a photo of sks dog\""]
+    return [
+        f"samples.every={run.samples.every} renders nothing, because samples.prompts is empty; set "
+        'samples.prompts=["a photo of ..."], or samples.every=0'
+    ]
 
 
 def trigger(run: Run) -> list[str]:
@@ -47,7 +75,7 @@ def trigger(run: Run) -> list[str]:
     problems = []
     if sentence and not has_word(sentence, word):
         problems.append(
-            f"data.trigger={word!r} does not stand in data.caption_template={sentence!r}, so the trigger would not "
+            f"data.trigger={word!r} is not in data.caption_template={sentence!r}, so the trigger would not "
             "be learned; put it into the template or drop data.trigger"
         )
     if run.data.prior:
@@ -79,7 +107,7 @@ def export_name(run: Run) -> list[str]:
 def betas(run: Run) -> list[str]:
     """Running means need a decay below one."""
     return [
-        f"optimizer.betas holds {beta}, but all must lie in [0, 1); 0.9,0.999 is usual"
+        f"optimizer.betas holds {beta}, but all must be in [0, 1); 0.9,0.999 is usual"
         for beta in run.optimizer.betas or ()
         if not 0 <= beta < 1
     ]
@@ -138,7 +166,7 @@ def step_size(run: Run) -> list[str]:
     if FINDS_STEP_SIZE.match(name.rpartition(".")[2]):
         rates = learning_rates(run)
         problems += [
-            f"{field} comes to {rate:g} with {name}, which finds the step size itself and multiplies it by this: it "
+            f"{field} comes to {rate:g} with {name}, which chooses its own step size and multiplies it by this: it "
             "would hardly move; use 1"
             for field, rate in rates.items()
             if rate < SMALLEST_FACTOR
@@ -146,17 +174,17 @@ def step_size(run: Run) -> list[str]:
         if len(set(rates.values())) > 1:
             named = ", ".join(f"{field} ({rate:g})" for field, rate in rates.items())
             problems.append(
-                f"{name} finds one step size for all parameters, but there are several learning rates: {named}; leave "
-                "all but optimizer.learning_rate=1 out"
+                f"{name} chooses one step size for all parameters, but there are several learning rates: {named}; keep "
+                "only optimizer.learning_rate=1"
             )
     if name == "schedulefree_adamw" and schedule != "constant":
         problems.append(
-            f"optimizer.schedule={schedule} with schedulefree_adamw, whose running mean takes the place of a curve; "
+            f"optimizer.schedule={schedule} with schedulefree_adamw, whose running mean replaces a schedule; "
             "use optimizer.schedule=constant"
         )
     if name == "schedulefree_adamw" and run.train.ema_decay:
         problems.append(
-            "train.ema_decay with schedulefree_adamw, which keeps a running mean itself; use train.ema_decay=null"
+            "train.ema_decay with schedulefree_adamw, which already keeps a running mean; use train.ema_decay=null"
         )
     return problems
 
@@ -194,7 +222,7 @@ def kept_tags(run: Run) -> list[str]:
     if not data.keep_tokens or data.shuffle_caption or data.tag_dropout:
         return []
     return [
-        f"data.keep_tokens={data.keep_tokens} keeps tags from being shuffled or dropped, and neither is on; set "
+        f"data.keep_tokens={data.keep_tokens} keeps tags from being shuffled or dropped, but neither is on; set "
         "data.shuffle_caption=true or data.tag_dropout, or keep_tokens=0"
     ]
 
@@ -215,8 +243,8 @@ def words_stand_in_captions(run: Run) -> list[str]:
         return []
     sentence = run.data.caption_template
     problems = [
-        f"tokens.words has {word}, which does not stand in data.caption_template={sentence!r}, so nothing would teach "
-        "it; put it into the template"
+        f"tokens.words has {word}, which is not in data.caption_template={sentence!r}, so it would "
+        "not be learned; put it into the template"
         for word in run.tokens.words
         if sentence and word not in sentence
     ]
@@ -258,8 +286,8 @@ def validation_that_looks(run: Run) -> list[str]:
     if run.validation.every or not (run.validation.holdout or run.validation.folder):
         return []
     return [
-        "validation.holdout or validation.folder sets pictures aside that nothing looks at, because "
-        "validation.every=0; set validation.every, or take them back (holdout=0, folder=null)"
+        "validation.holdout or validation.folder holds pictures out that are never used, because "
+        "validation.every=0; set validation.every, or use holdout=0 and folder=null"
     ]
 
 
@@ -299,16 +327,17 @@ def read_by_something(run: Run) -> list[str]:
         # keep: a function of one's own, by import path, may read everything.
         if values and chosen not in values and "." not in chosen:
             problems.append(
-                f"{field}={value} is read only with {decider}={' or '.join(values)}, and {decider} is {chosen}; change "
-                f"{decider}, or leave {field} out"
+                f"{field}={value} is only used with {decider}={' or '.join(values)}, and {decider} is {chosen}; change "
+                f"{decider}, or remove {field}"
             )
         elif not values and not chosen:
-            problems.append(f"{field}={value} is read only if {decider} is set; set it, or leave {field} out")
+            problems.append(f"{field}={value} is only used if {decider} is set; set it, or remove {field}")
     return problems
 
 
 CHECKS: tuple[Callable[[Run], list[str]], ...] = (
-    warm_up, template, trigger, export_name, betas, one_prior, step_size, best_needs_validation,
+    warm_up, template, adapters_without_rank, samples_of_something,
+    trigger, export_name, betas, one_prior, step_size, best_needs_validation,
     one_validation, kept_tags,
     something_is_trained, words_stand_in_captions, merged_into_packed_weights, something_trains_to_the_end,
     validation_that_looks, read_by_something,

@@ -41,16 +41,16 @@ class DataConfig(Section):
     caption_template: str | None = None
     """Caption for pictures that have none, e.g. "a photo of sks dog"."""
     trigger: str | None = None
-    """The word that calls the subject, e.g. sks. Must stand in every caption; travels in the exported file. [trigger]
-    in a caption is replaced by it."""
+    """The word that calls the subject, e.g. sks. It must be in every caption and is written into exported files.
+    [trigger] in a caption is replaced by it."""
     caption_prefix: str = ""
     """Put before every subject caption, with a space between."""
     caption_suffix: str = ""
     """Put behind every subject caption, with a space between."""
     shuffle_caption: bool = False
-    """Put the tags of a subject caption into another order in every draw. For lists of tags, not for sentences."""
+    """Shuffle the tags of a subject caption in every draw. For lists of tags, not for sentences."""
     caption_separator: str = Field(default=",", min_length=1)
-    """What stands between two tags."""
+    """Separator between tags."""
     keep_tokens: int = Field(default=0, ge=0)
     """How many tags at the beginning are neither shuffled nor dropped."""
     keep_tokens_separator: str = Field(default="|||", min_length=1)
@@ -60,14 +60,15 @@ class DataConfig(Section):
     caption_variants: int = Field(default=16, ge=1, le=10000)
     """Frozen text encoders read every caption once, beforehand: how many texts each may become by shuffling, dropping
     tags and {red|blue} choices. A trained text encoder reads a new one in every draw."""
-    resolution: int | None = Field(default=None, ge=16, le=4096)
+    resolution: int | None = Field(default=None, ge=16, le=4096, multiple_of=8)
     """Side of a square training picture, in pixels; other shapes get the same area. None: the family's own."""
     upscale: bool = False
     """Enlarge pictures smaller than their bucket. Off: they get a smaller bucket instead."""
     flip: bool = False
     """Mirror every other draw of a picture, left to right. Not for faces or text."""
     crop: Literal["center", "random"] = "center"
-    """Where a picture is cut that does not fit its bucket: the middle (or the focus point of its row), or anywhere."""
+    """Where a picture is cut that does not fit its bucket: the middle (or the focus of its row), or anywhere. Rows that
+    zoom to their focus (`finetune data clean --zoom`) stay there."""
     color_jitter: float = Field(default=0.0, ge=0, le=0.5)
     """Largest random change of brightness, contrast and saturation, as a share; 0.1 is strong enough for most."""
     versions: int = Field(default=4, ge=2, le=1000)
@@ -78,16 +79,16 @@ class DataConfig(Section):
     """Where a picture's loss counts. auto: masks from masks/NAME, NAME-masklabel or the column mask_file_name, where
     there are any (white counts, black does not); alpha: where the picture is opaque; off: everywhere."""
     unmasked_weight: float = Field(default=0.0, ge=0, le=1)
-    """What counts of the places that a mask leaves out; 0.1 keeps backgrounds from falling apart."""
+    """Loss weight outside a mask; 0.1 keeps backgrounds from falling apart."""
     repeats: int = Field(default=1, ge=1)
     """How often each subject picture is seen per epoch, on top of a kohya folder's own count."""
     caption_dropout: float = Field(default=0.0, ge=0, le=1)
-    """Share of draws that see an empty caption, which keeps guidance working in long runs. 0.05 to 0.1 is usual."""
+    """Share of draws with an empty caption, which keeps guidance working in long runs. 0.05 to 0.1 is usual."""
     background: str = Field(default="#ffffff", pattern=r"^#[0-9a-fA-F]{6}$")
     """Colour put behind transparent pixels, as #rrggbb."""
     cache_folder: Path | None = None
-    """Where encoded pictures and captions are kept. None: cache in output_dir. Safe to share between runs and to use at
-    the same time; `finetune cache FOLDER --check` looks after it."""
+    """Where encoded pictures and captions are cached. None: cache in output_dir. Runs may share a folder and use it at
+    the same time; see `finetune cache FOLDER`."""
     prior: PriorConfig | None = None
     """Prior preservation with class pictures; rows with role=class in the folder's metadata are class pictures too.
     None turns the rendering off."""

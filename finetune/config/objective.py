@@ -1,4 +1,4 @@
-"""Fields of what the denoiser is asked."""
+"""Fields of the training objective."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class TeacherConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    """What the denoiser is asked: the prediction, the noise levels and how errors are weighed."""
+    """The training objective: prediction, noise levels, loss and weighting."""
 
     prediction: Literal["epsilon", "v_prediction", "sample", "flow"] | None = None
-    """What the denoiser predicts. None: what the checkpoint's scheduler says, which is nearly always right."""
+    """What the denoiser predicts. None: as the checkpoint's scheduler says, which is nearly always right."""
     density: Annotated[DensityName | str, known_or_path(DensityName, "density", OWN)] = "uniform"
     """How often each noise level is trained; or a function of your own by import path."""
     density_mean: float = 0.0
@@ -50,8 +50,8 @@ class ObjectiveConfig(Section):
     """The part of the noise levels that is trained, as shares: 0 is clean, 1 noise. 0.2,0.8: timesteps 200 to 799. A
     flow base's own shift is applied afterwards: with SD3's shift of 3 they become 429 to 923."""
     weighting: Annotated[WeightingName | str, known_or_path(WeightingName, "weighting", OWN)] = "none"
-    """How noise levels are weighed against each other; sigma_sqrt and cosmap are for flow models. Or a function of your
-    own by import path."""
+    """How noise levels are weighted; sigma_sqrt and cosmap are for flow models. Or a function of your own by import
+    path."""
     snr_gamma: float = Field(default=5.0, gt=0)
     """The cap of min_snr and soft_min_snr; the paper uses 5."""
     p2_gamma: float = Field(default=1.0, ge=0)
@@ -59,7 +59,7 @@ class ObjectiveConfig(Section):
     p2_k: float = Field(default=1.0, gt=0)
     """The signal-to-noise ratio at which p2 sets in; the paper uses 1."""
     loss: Annotated[LossName | str, known_or_path(LossName, "loss", OWN)] = "mse"
-    """How an error is measured; or a function of your own by import path."""
+    """How errors are measured; or a function of your own by import path."""
     huber_delta: float = Field(default=0.1, gt=0)
     """Where huber, smooth_l1 and log_cosh turn from squared to linear, in units of the prediction."""
     huber_schedule: Literal["constant", "snr", "exponential"] = "constant"
@@ -70,6 +70,7 @@ class ObjectiveConfig(Section):
     pyramid_noise: float = Field(default=0.0, ge=0, lt=1)
     """Share of each coarser level in noise made of several resolutions; 0.3 is usual, 0 is off."""
     input_perturbation: float = Field(default=0.0, ge=0, le=1)
-    """Strength of noise that the input gets and the target does not, so that small errors are forgiven; 0.1 usual."""
+    """Strength of extra noise in the input but not in the target, which makes the model robust to small errors; 0.1 is
+    usual."""
     teacher: TeacherConfig | None = None
     """Keep the class with the frozen base as teacher instead of class pictures (data.prior). None turns it off."""

@@ -19,11 +19,11 @@ AnyOptimizer = Annotated[
 
 
 class OptimizerConfig(Section):
-    """How the trained parameters move."""
+    """The optimizer and its learning rate."""
 
     name: AnyOptimizer = "adamw8bit"
-    """adamw8bit keeps its state in a quarter of the memory (bitsandbytes); adamw is torch's own. prodigy finds the step
-    size itself, schedulefree_adamw needs no curve. Any other class by import path, e.g. torch.optim.RAdam."""
+    """adamw8bit keeps its state in a quarter of the memory (bitsandbytes); adamw is torch's own. prodigy chooses the
+    step size itself, schedulefree_adamw needs no schedule. Any other class by import path, e.g. torch.optim.RAdam."""
     learning_rate: float = Field(default=1e-4, gt=0, le=10)
     """Step size after warm-up. LoRA: 5e-5 to 5e-4; a third to a tenth of that with lion8bit; 1 with prodigy."""
     betas: tuple[float, ...] | None = Field(default=None, min_length=1, max_length=3)
@@ -31,7 +31,7 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(default=1e-2, ge=0)
     """Decoupled weight decay, per step and unit of learning rate."""
     eps: float | None = Field(default=None, gt=0)
-    """Keeps the division by the gradient's size finite. None: the optimizer's own, 1e-8 for AdamW."""
+    """Added to the denominator, so that the division stays finite. None: the optimizer's own, 1e-8 for AdamW."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of the optimizer under its own names, e.g. {d_coef: 0.5} for prodigy."""
     schedule: Literal[
@@ -51,4 +51,4 @@ class OptimizerConfig(Section):
     schedule_floor: float = Field(default=0.0, ge=0, lt=1)
     """Where falling curves end, as a share of the learning rate."""
     max_grad_norm: float = Field(default=1.0, gt=0)
-    """Gradients longer than this, over all parameters together, are scaled down to it."""
+    """Gradients are clipped to this norm, over all parameters together."""

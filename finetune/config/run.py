@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ class Run(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     export: ExportConfig = ExportConfig()
     output_dir: Path
-    """Folder of this run: checkpoints, metrics, samples, cache, exports. Running again goes on where it stopped."""
+    """Folder of this run: checkpoints, metrics, samples, cache, exports. Running again resumes it."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Run:
@@ -54,6 +55,11 @@ class Run(Section):
         """Whether captions must be encoded in every step, because what encodes them is trained."""
         return self.text_encoder_adapter is not None or self.tokens is not None
 
+    def methods(self) -> dict[str, str]:
+        """Section -> adapter method, of everything that is trained but words."""
+        sections = {"adapter": self.adapter, "text_encoder_adapter": self.text_encoder_adapter}
+        return {name: section.method for name, section in sections.items() if section is not None}
+
     def trigger_words(self) -> tuple[str, ...]:
         """What to write in a prompt to call what was learned."""
         trigger = (self.data.trigger,) if self.data.trigger else ()
@@ -61,7 +67,7 @@ class Run(Section):
 
     def export_name(self) -> str:
         """What the exported adapter is called."""
-        folder = re.sub(r"[^A-Za-z0-9_-]+", "-", self.output_dir.resolve().name).strip("-_")
+        folder = re.sub(r"[^\w-]+", "-", unicodedata.normalize("NFC", self.output_dir.resolve().name)).strip("-_")
         return self.export.name or folder or "adapter"
 
     def digest(self) -> str:

@@ -13,7 +13,7 @@ from finetune.prompt_lines import prompt_problems, read_prompts
 
 
 class TrainConfig(Section):
-    """How long and in what portions."""
+    """How long to train, in what batches, and what to log."""
 
     steps: int = Field(default=1000, ge=1)
     """Optimizer steps."""
@@ -29,23 +29,24 @@ class TrainConfig(Section):
     """How fast the running mean warms up: the decay of step n is at most 1 - n^-power; 0.75 suits short runs, 0.67 long
     ones. None: at most n / (n + 9)."""
     seed: int = Field(default=0, ge=0)
-    """Every draw of the run follows from it."""
+    """Seed of every random draw of the run."""
     max_hours: float | None = Field(default=None, gt=0)
-    """Stop, save and exit with code 75 after so many hours since the start, loading included; the same command goes on.
-    For Colab and spot machines. None: no limit."""
+    """Stop after this many hours since the start, loading included: save, exit with code 75, and resume with the same
+    command. For Colab and spot machines. None: no limit."""
     on_spike: Literal["warn", "stop", "ignore"] = "warn"
-    """When a picture's loss is far above what is usual at its noise level: name it, or stop as well."""
+    """When a picture's loss is far above what is usual at its noise level: warn and name it, stop, or ignore it."""
     spike_deviations: float = Field(default=8.0, gt=0)
     """How far that is, in robust standard deviations of the logarithm of the loss."""
     tolerate_nonfinite: int = Field(default=0, ge=0)
-    """Steps with a loss or gradient that is not finite before the run stops; the gradient of each counts as zero."""
+    """How many steps may have a loss or gradient that is not finite before the run stops; such a gradient counts as
+    zero."""
     log_every: int = Field(default=10, ge=1)
     """Optimizer steps between two lines in metrics.jsonl."""
     trackers: tuple[
         Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "swanlab", "dvclive"], ...
     ] = ("tensorboard",)
-    """Where metrics go besides metrics.jsonl, and sample sheets where there is a place for pictures. A run is named
-    like its folder, in the project "finetune" or what e.g. WANDB_PROJECT says."""
+    """Experiment trackers to use besides metrics.jsonl; those that take pictures get the sample sheets. A run is named
+    like its folder, in the project "finetune" or as set by e.g. WANDB_PROJECT."""
 
 
 class ValidationConfig(Section):
@@ -54,29 +55,29 @@ class ValidationConfig(Section):
     every: int = Field(default=100, ge=0)
     """Optimizer steps between validations; 0 turns validation off."""
     holdout: int = Field(default=0, ge=0)
-    """Subject pictures set aside and never trained on, near copies together. 0: a fixed probe of the training ones."""
+    """Subject pictures held out of training for validation, near copies together. 0: validate on a fixed sample of the
+    training pictures."""
     folder: Path | None = None
     """Folder of pictures that are only validated on, captioned like the training ones. None: see holdout."""
     quantiles: int = Field(default=8, ge=1)
     """Noise levels per picture, spread evenly over the range."""
     patience: int = Field(default=0, ge=0)
-    """Stop early after so many validations without a better one; 0: never. The best is exported with
-    `finetune export RUN --checkpoint best` if checkpoint.keep_best is on."""
+    """Stop early after this many validations without improvement; 0: never. With checkpoint.keep_best, the best is
+    exported by `finetune export RUN --checkpoint best`."""
     min_improvement: float = Field(default=0.0, ge=0)
-    """How much lower the ratio must be to count as better."""
+    """How much lower the ratio must be to count as an improvement."""
 
 
 class SamplesConfig(Section):
     """Pictures rendered from fixed prompts and seeds, before the first step and after the last."""
 
     prompts: tuple[str, ...] = ()
-    """What to render, or the name of a .txt file with one prompt per line; empty turns samples off. A prompt may have
-    settings of its own behind it, as in kohya's files: --n negative, --w --h pixels, --d seed, --l guidance, --s steps.
-    """
+    """Prompts to render, or the name of a .txt file with one prompt per line; empty turns samples off. Settings may
+    follow a prompt, as in kohya's files: --n negative, --w --h pixels, --d seed, --l guidance, --s steps."""
     per_prompt: int = Field(default=2, ge=1)
-    """Pictures per prompt; the seeds are 0, 1, 2, ... and the same before and after."""
+    """Pictures per prompt, with seeds 0, 1, 2, ... before and after training."""
     every: int = Field(default=0, ge=0)
-    """Optimizer steps between two sheets in between; 0: only before and after."""
+    """Optimizer steps between sample sheets; 0: only before and after training."""
     inference_steps: int = Field(default=25, ge=1)
     """Denoising steps per picture."""
     guidance_scale: float | None = Field(default=None, ge=0)
@@ -108,8 +109,8 @@ class CheckpointConfig(Section):
     every: int = Field(default=100, ge=1)
     """Optimizer steps between checkpoints; the last step always gets one."""
     keep: int = Field(default=2, ge=1)
-    """How many of the newest checkpoints stay. An old one goes only after the new one is safe on disk."""
+    """How many of the newest checkpoints are kept. An old one is deleted only after the new one is safe on disk."""
     keep_every: int = Field(default=0, ge=0)
-    """Checkpoints at multiples of this many steps stay for good; 0: none."""
+    """Checkpoints at multiples of this many steps are never deleted; 0: none."""
     keep_best: bool = False
-    """The checkpoint with the lowest validation ratio so far stays as well; one is written at each new best."""
+    """Also keep the checkpoint with the lowest validation ratio; one is written at each new best."""

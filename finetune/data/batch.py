@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from finetune.data.captions import PLAIN, VERBATIM, CaptionRules, draw_caption, 
 from finetune.data.dataset import Picture
 from finetune.data.holes import HoleCache
 from finetune.data.sampler import Draw
-from finetune.data.views import UNCHANGED, Augment, View, draw_view, every_view, plain
+from finetune.data.views import UNCHANGED, Augment, View, draw_view, plain, views_of
 from finetune.families.base import Conditioning, Latents, SizeConditioning
 from finetune.objectives import WHITE, NoiseShape, draw_noise, perturbed
 from finetune.rng import python_rng, rng
@@ -143,16 +143,17 @@ class Collator:
             first += len(draws)
         return batches
 
-    def captions(self) -> list[str]:
-        """Every text that a draw or a validation may choose, each once."""
-        variants = self._variation.caption_variants
-        texts = [text for p in self._pictures for text in every_caption(p.captions, self._rules(p), variants)]
-        texts += [self.caption_of(p) for p in self._pictures]
-        return list(dict.fromkeys([*texts, ""] if self._variation.caption_dropout > 0 else texts))
+    def captions(self) -> Iterator[str]:
+        """Every text that a draw or a validation may choose, some of them more than once."""
+        for picture in self._pictures:
+            yield from every_caption(picture.captions, self._rules(picture), self._variation.caption_variants)
+            yield self.caption_of(picture)
+        if self._variation.caption_dropout > 0:
+            yield ""
 
-    def views(self) -> list[View]:
-        """Every view that a draw may choose."""
-        return [view for picture in self._pictures for view in every_view(picture, self._variation.augment)]
+    def views(self, held: Sequence[Picture] = ()) -> Sequence[View]:
+        """Every view that a draw may choose, and the plain ones of pictures that are only validated on."""
+        return views_of((self._pictures, self._variation.augment), (held, UNCHANGED))
 
     def names(self, draws: Sequence[Draw]) -> list[str]:
         """File names of drawn pictures, for messages."""
@@ -260,7 +261,7 @@ def stack_conditioning(items: Sequence[Conditioning]) -> Conditioning:
 def size_conditioning(views: Sequence[View]) -> SizeConditioning:
     """How each view was cut, (B, 2) each, pixels, (height, width)."""
     return SizeConditioning(
-        original_size=torch.tensor([view.picture.size for view in views]),
+        original_size=torch.tensor([view.original_size for view in views]),
         crop_top_left=torch.tensor([view.crop_top_left for view in views]),
         target_size=torch.tensor([view.placement.bucket for view in views]),
     )

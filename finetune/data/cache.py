@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from data_tools.images import BLACK
+from data_tools.shelves import NamedShelf, Shelf
 from finetune.data.dataset import Colour
 from finetune.data.fill import Progress, Recipe, Say, fill
 from finetune.data.pixels import VERSION as PIXELS
@@ -30,6 +32,7 @@ from finetune.families.base import Conditioning, Latents
 
 VERSION = 2
 """Part of every key; counts up when the same inputs would give other values."""
+TOKENIZED_AT_ONCE = 1024
 KINDS = ("latents", "masks", "holes", "text")
 """The folders in a cache."""
 
@@ -96,7 +99,8 @@ class MaskCache:
         Raises:
             DataError: listing every picture in which nothing would count, unless they `may_be_empty`.
         """
-        masked = [view for view in views if view.picture.mask is not None]
+        places: Iterator[Any] = (place for place, view in enumerate(views) if view.picture.mask is not None)
+        masked: Shelf[View] = Shelf(places, unpack=views.__getitem__)
         recipe: Recipe[View, Tensor] = Recipe(
             "masks", self._key, lambda view: view.placement.bucket, partial(mask_values, stride=self._stride),
             lambda batch, masks: [{"mask": mask} for mask in masks],
@@ -138,15 +142,17 @@ class TextCache:
 
     def __post_init__(self) -> None:
         self.store = Store(self.folder / "text")
-        self._keys: dict[str, str] = {}
+        self._keys: NamedShelf[str] = NamedShelf()
 
-    def prepare(self, captions: Sequence[str], describe: Describe, filling: Filling) -> int:
+    def prepare(self, captions: Iterable[str], describe: Describe, filling: Filling) -> int:
         """Encode the captions that are not there yet; how many that were."""
-        unique = sorted(set(captions) - self._keys.keys())
-        for start in range(0, len(unique), 1024):
-            part = unique[start : start + 1024]
-            tokens = self.tokenize(part)
-            for i, caption in enumerate(part):
+        unique: Shelf[str] = Shelf()
+        left = iter(captions)
+        while part := list(islice(left, TOKENIZED_AT_ONCE)):
+            new = [caption for caption, key in self._keys.gather(dict.fromkeys(part)) if key is None]
+            tokens = self.tokenize(new) if new else {}
+            for i, caption in enumerate(new):
+                unique.append(caption)
                 self._keys[caption] = digest_of(
                     [self.text_digest, {name: ids[i].tolist() for name, ids in tokens.items()}]
                 )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,15 @@ from data_tools.images import MAX_FILE_BYTES
 from data_tools.memory import Memory, open_memory
 from data_tools.records import ImageRecord
 from data_tools.scan import Problem
+from data_tools.shelves import NamedShelf, Shelf, packing
 from data_tools.verdicts import without_dropped
 from finetune.config import has_word
 from finetune.data.captions import PLACEHOLDER, CaptionRules, without_trigger
 from finetune.data.sampler import Item
 from finetune.errors import DataError, first_few
 
+TOLD_AT_ONCE = 256
+"""Pictures whose captions are counted at once."""
 Colour = tuple[int, int, int]
 """Red, green, blue; 0 to 255."""
 
@@ -79,6 +83,16 @@ class Picture:
         return Item(bucket=self.placement.bucket, repeats=self.repeats, is_class=self.is_class)
 
 
+_PATH = (str, Path)
+PICTURE = packing(Picture, path=_PATH, placement=packing(Placement), mask=packing(Mask, path=_PATH))
+"""How pictures are kept on a shelf."""
+
+
+def shelf(pictures: Iterable[Picture] = ()) -> Shelf[Picture]:
+    """A list of pictures that lies on the disk; a million of them are 8 MB of memory."""
+    return Shelf(pictures, *PICTURE)
+
+
 @dataclass(frozen=True)
 class Cut:
     """How pictures become training size.
@@ -121,7 +135,7 @@ class Reading:
 
 def load_pictures(
     folder: Path, cut: Cut, reading: Reading = Reading(), *, progress: Callable[[int, int], None] | None = None
-) -> tuple[list[Picture], list[Problem]]:
+) -> tuple[Shelf[Picture], list[Problem]]:
     """Scan a folder and settle every picture in it. Pictures that an earlier scan saw are not decoded again.
 
     Returns:
@@ -150,11 +164,12 @@ def load_pictures(
         )
     sides = buckets.make_buckets(cut.resolution, cut.multiple)
     placements = buckets.place(records, sides, upscale=cut.upscale, multiple=cut.multiple)
-    pictures = [
+    pictures = shelf(
         _settle(folder, record, place, reading) for record, place in zip(records, placements, strict=True)
-    ]
+    )
     found = [problem for problem in result.problems if problem.severity != "error"]
-    return pictures, [*found, *left_out, *_conversions(records), *slow]
+    zoomed = buckets.zoom_notes(records, placements)
+    return pictures, [*found, *left_out, *_conversions(records), *zoomed, *slow]
 
 
 def _conversions(records: Sequence[ImageRecord]) -> list[Problem]:
@@ -207,7 +222,7 @@ def _mask(folder: Path, record: ImageRecord, kind: str) -> Mask | None:
         raise DataError("A mask cannot be read:", [str(refusal.problem(record.mask_file))]) from refusal
 
 
-def check_trigger(pictures: Sequence[Picture], rules: CaptionRules, variants: int) -> None:
+def check_trigger(pictures: Iterable[Picture], rules: CaptionRules, variants: int) -> None:
     """Every text a subject caption can become must hold the trigger word, or the adapter would not answer to it.
 
     Raises:
@@ -218,7 +233,7 @@ def check_trigger(pictures: Sequence[Picture], rules: CaptionRules, variants: in
         raise DataError("Some captions would not teach the trigger word:", first_few(problems))
 
 
-def _trigger_problems(pictures: Sequence[Picture], rules: CaptionRules, variants: int) -> Iterator[str]:
+def _trigger_problems(pictures: Iterable[Picture], rules: CaptionRules, variants: int) -> Iterator[str]:
     for picture in pictures:
         name = picture.path.name
         for caption in picture.captions:
@@ -234,43 +249,58 @@ def _trigger_problems(pictures: Sequence[Picture], rules: CaptionRules, variants
                        f"write {PLACEHOLDER} where it belongs, or drop data.trigger")  # fmt: skip
 
 
-def long_captions(pictures: Sequence[Picture], tokenizers: dict[str, Any], room: dict[str, int]) -> list[str]:
+def long_captions(
+    pictures: Iterable[Picture], tokenizers: dict[str, Any], room: dict[str, int]
+) -> Iterator[str]:
     """A line for every caption of which a text encoder would not see the end; `room` is how many tokens each reads."""
-    captions = list(dict.fromkeys(caption for picture in pictures for caption in picture.captions))
-    counts = {
-        name: dict(zip(captions, map(len, tokenizer(captions, verbose=False).input_ids), strict=True))
-        for name, tokenizer in tokenizers.items()
-        if captions
-    }
-    return [
-        f"{picture.path.name}: the caption has {count[caption]} tokens, {name} reads {room[name]}; the last "
-        f"{count[caption] - room[name]} have no effect"
-        for picture in pictures
-        for caption in picture.captions
-        for name, count in counts.items()
-        if count[caption] > room[name]
-    ]
+    left = iter(pictures)
+    while part := list(islice(left, TOLD_AT_ONCE)):
+        captions = list(dict.fromkeys(caption for picture in part for caption in picture.captions))
+        counts = {
+            name: dict(zip(captions, map(len, tokenizer(captions, verbose=False).input_ids), strict=True))
+            for name, tokenizer in tokenizers.items()
+            if captions
+        }
+        yield from (
+            f"{picture.path.name}: the caption has {count[caption]} tokens, {name} reads {room[name]}; the last "
+            f"{count[caption] - room[name]} have no effect"
+            for picture in part
+            for caption in picture.captions
+            for name, count in counts.items()
+            if count[caption] > room[name]
+        )
 
 
-def bucket_counts(pictures: Sequence[Picture]) -> list[tuple[tuple[int, int], int, float]]:
+def bucket_counts(pictures: Iterable[Picture]) -> list[tuple[tuple[int, int], int, float]]:
     """Per bucket: (height, width), how many pictures, and the mean share of a picture that is cropped away."""
-    counts = Counter(p.placement.bucket for p in pictures)
-    return [
-        (bucket, count, sum(p.placement.lost for p in pictures if p.placement.bucket == bucket) / count)
-        for bucket, count in sorted(counts.items())
-    ]
+    counts: Counter[tuple[int, int]] = Counter()
+    lost: defaultdict[tuple[int, int], float] = defaultdict(float)
+    for picture in pictures:
+        counts[picture.placement.bucket] += 1
+        lost[picture.placement.bucket] += picture.placement.lost
+    return [(bucket, count, lost[bucket] / count) for bucket, count in sorted(counts.items())]
 
 
-def fingerprint(pictures: Sequence[Picture]) -> dict[str, list[Any]]:
-    """What a resumed run compares: per picture its content, captions, cut, repeats, weight and mask."""
-    return {
-        p.key: [p.sha256, list(p.captions), list(p.placement.bucket), list(p.placement.crop_top_left), p.repeats,
-                p.loss_weight, p.mask.sha256 if p.mask else None]
-        for p in pictures
-    }  # fmt: skip
+def fingerprint(pictures: Iterable[Picture], origins: Mapping[str, str] | None = None) -> Mapping[str, list[Any]]:
+    """What a resumed run compares: per picture its content, captions, cut, repeats, weight and mask.
+
+    Args:
+        origins: what some contents count as: the digest of a file -> the digest of what it was made by.
+    """
+    origins = origins or {}
+    table: NamedShelf[list[Any]] = NamedShelf()
+    for p in pictures:
+        table[p.key] = [origins.get(p.sha256, p.sha256), list(p.captions), list(p.placement.bucket), _cut(p.placement),
+                        p.repeats, p.loss_weight, p.mask.sha256 if p.mask else None]  # fmt: skip
+    return table
 
 
-def dataset_changes(before: dict[str, list[Any]], now: dict[str, list[Any]]) -> list[str]:
+def _cut(placement: Placement) -> list[int]:
+    """What decides what is seen of a picture in its bucket; its size says how large it is unless it is zoomed."""
+    return [*placement.crop_top_left, *(placement.resize if placement.zoomed else ())]
+
+
+def dataset_changes(before: Mapping[str, list[Any]], now: Mapping[str, list[Any]]) -> list[str]:
     """One line per picture that was added, removed or changed since a checkpoint was written."""
     parts = ("the picture", "a caption", "the bucket", "the crop", "the repeats", "the loss weight", "the mask")
     lines = [f"{key} is gone" for key in sorted(before.keys() - now.keys())]

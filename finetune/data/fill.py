@@ -12,15 +12,18 @@ import hashlib
 import os
 import shutil
 import time
+from array import array
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
+import numpy as np
 import torch
 
+from data_tools.shelves import NamedShelf
 from finetune.data.store import Store, Tensors
 from finetune.errors import ResourceError, StorageError
 
@@ -72,61 +75,86 @@ def fill(
         StorageError: if they would not fit on the disk, before any is written.
         ResourceError: if even one at a time does not fit into memory.
     """
-    wanted = {recipe.key(item): item for item in items}
-    store.want(list(wanted))
-    work = _Work(store, wanted, recipe, batch_size, progress or _silent, say or _mute)
-    work.run(_pieces(wanted, recipe) if work.left else [])
+    wanted: NamedShelf[int] = NamedShelf()
+    for place, item in enumerate(items):
+        wanted[recipe.key(item)] = place
+    store.want(wanted)
+    work = _Work(store, items, wanted, recipe, batch_size, progress or _silent, say or _mute)
+    work.run()
     store.touch()
     return work.made
 
 
-def _pieces(wanted: dict[str, T], recipe: Recipe[T, L]) -> list[list[str]]:
+class _Pieces:
     """Keys in pieces, like beside like, the same for every process that wants the same entries."""
-    ordered = sorted(wanted, key=lambda key: (str(recipe.group(wanted[key])), key))
-    return [ordered[i : i + PIECE] for i in range(0, len(ordered), PIECE)]
+
+    def __init__(self, keys: Iterable[tuple[str, str]]) -> None:
+        """Order (key, group) pairs by group, then by key."""
+        met: dict[str, int] = {}
+        groups = array("q")
+
+        def noted() -> Iterator[bytes]:
+            for key, group in keys:
+                groups.append(met.setdefault(group, len(met)))
+                yield key.encode()
+
+        names = np.fromiter(noted(), dtype="S40")
+        rank = np.argsort(np.argsort(list(met)))
+        self._names = names[np.lexsort((names, rank[np.asarray(groups)]))]
+
+    def __len__(self) -> int:
+        return (len(self._names) + PIECE - 1) // PIECE
+
+    def __getitem__(self, number: int) -> list[str]:
+        return [name.decode() for name in self._names[number * PIECE : (number + 1) * PIECE].tolist()]
 
 
 class _Work(Generic[T, L]):
     """One call of `fill`."""
 
     def __init__(
-        self, store: Store, wanted: dict[str, T], recipe: Recipe[T, L], batch_size: int, progress: Progress, say: Say
-    ) -> None:
+        self, store: Store, items: Sequence[T], wanted: NamedShelf[int], recipe: Recipe[T, L], batch_size: int,
+        progress: Progress, say: Say,
+    ) -> None:  # fmt: skip
         self.made = 0
-        self.left: set[str] = {key for key in wanted if key not in store}
-        self._store, self._wanted, self._recipe = store, wanted, recipe
+        self._store, self._items, self._wanted, self._recipe = store, items, wanted, recipe
         self._batch_size = batch_size
         self._progress, self._say = progress, say
         self._checked_disk = False
+        self._total = len(wanted)
+        self._left = len(store.missing(wanted))
 
-    def run(self, pieces: list[list[str]]) -> None:
+    def run(self) -> None:
         """Until every piece is there, made here or by others."""
         self._tell()
+        if not self._left:
+            return
+        pieces = _Pieces((key, str(self._recipe.group(self._item(key)))) for key in self._wanted)
+        lacking = {number: len(self._store.missing(pieces[number])) for number in range(len(pieces))}
         news = time.monotonic()
-        while pieces := [piece for piece in pieces if self._missing(piece)]:
-            before = len(self.left)
+        while lacking := {number: count for number, count in lacking.items() if count}:
+            before = self._left
             forced = time.monotonic() - news > PATIENCE
-            for piece in pieces:
+            for number in lacking:
+                piece = pieces[number]
                 name = hashlib.sha256("\n".join(piece).encode()).hexdigest()
                 with self._store.claim(name) as ours:
                     self._store.refresh()
                     if ours or forced:
-                        self._make(self._missing(piece))
-                self._missing(piece)
+                        self._make(self._store.missing(piece))
+                lacking[number] = len(self._store.missing(piece))
+                self._left = sum(lacking.values())
                 self._tell()
-            if len(self.left) < before:
+            if self._left < before:
                 news = time.monotonic()
-            elif self.left:
+            elif self._left:
                 time.sleep(POLL)
 
-    def _tell(self) -> None:
-        self._progress(len(self._wanted) - len(self.left), len(self._wanted))
+    def _item(self, key: str) -> T:
+        return self._items[self._wanted[key]]
 
-    def _missing(self, piece: Sequence[str]) -> list[str]:
-        """What of a piece is not there yet; the rest is ticked off."""
-        missing = [key for key in piece if key not in self._store]
-        self.left.difference_update(key for key in piece if key in self._store)
-        return missing
+    def _tell(self) -> None:
+        self._progress(self._total - self._left, self._total)
 
     def _make(self, keys: list[str]) -> None:
         pending: dict[str, Tensors] = {}
@@ -135,7 +163,7 @@ class _Work(Generic[T, L]):
             made = self._tensors(batch)
             self._check_disk(made)
             pending |= made
-            self.left.difference_update(made)
+            self._left -= len(made)
             self.made += len(made)
             self._tell()
             size += _size(made)
@@ -148,14 +176,14 @@ class _Work(Generic[T, L]):
     def _batches(self, keys: list[str]) -> Iterator[list[tuple[str, L]]]:
         """Loaded items, in batches of one group; the next ones are loaded meanwhile."""
         batch: list[tuple[str, L]] = []
-        for key, loaded in _ahead(keys, lambda key: self._recipe.load(self._wanted[key]), 2 * self._batch_size):
-            group = self._recipe.group(self._wanted[key])
-            if batch and (
-                len(batch) >= self._batch_size or group != self._recipe.group(self._wanted[batch[0][0]])
-            ):
+        last: Hashable = None
+        for key, loaded in _ahead(keys, lambda key: self._recipe.load(self._item(key)), 2 * self._batch_size):
+            group = self._recipe.group(self._item(key))
+            if batch and (len(batch) >= self._batch_size or group != last):
                 yield batch
                 batch = []
             batch.append((key, loaded))
+            last = group
         if batch:
             yield batch
 
@@ -163,7 +191,7 @@ class _Work(Generic[T, L]):
         """The batch made; in halves where memory does not suffice, which then holds for all that follow."""
         keys = [key for key, _ in batch]
         try:
-            made = self._recipe.make([self._wanted[key] for key in keys], [loaded for _, loaded in batch])
+            made = self._recipe.make([self._item(key) for key in keys], [loaded for _, loaded in batch])
         except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error):
                 raise
@@ -190,7 +218,7 @@ class _Work(Generic[T, L]):
         if self._checked_disk:
             return
         self._checked_disk = True
-        needed = _size(made) // len(made) * len(self.left)
+        needed = _size(made) // len(made) * self._left
         free = shutil.disk_usage(_existing(self._store.folder)).free
         if needed + DISK_RESERVE > free:
             raise StorageError(

@@ -93,7 +93,8 @@ def cut(image: Image.Image, placement: Placement) -> Tensor:
     (height, width), (top, left) = placement.bucket, placement.crop_top_left
     if image.size == placement.resize[::-1]:
         return _pixels(image)[:, top : top + height, left : left + width]
-    if TORCH_LANCZOS:
+    # keep: of a zoomed picture most is cut away, and torch would resize all of it.
+    if TORCH_LANCZOS and not placement.zoomed:
         return _lanczos(_pixels(image)[None], placement.resize)[0, :, top : top + height, left : left + width]
     down, across = image.height / placement.resize[0], image.width / placement.resize[1]
     box = (

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from finetune.tracking import Reporter
 
 RECORD = "class_images.json"
 """What the generated pictures of a folder were made with."""
+JOURNAL = "class_images.jsonl"
+"""One line per generated picture: the digest of its file, and all that decides what it shows."""
 RENDERED = "class-"
 """How the names of rendered pictures begin; all others are the user's."""
 
@@ -45,12 +49,12 @@ def fill(
         DataError: if the folder holds pictures rendered with another base, other prompts or other settings.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    made_with = {
+    settings = {
         "base_digest": components.digest,
-        "prompts": list(prior.prompts),
         "inference_steps": prior.inference_steps,
         "guidance_scale": prior.guidance_scale,
     }
+    made_with = settings | {"prompts": list(prior.prompts)}
     _check_record(folder, made_with)
     own = [p for p in _pictures(folder) if not p.name.startswith(RENDERED)]
     wanted = [folder / f"{RENDERED}{i:05d}.png" for i in range(max(0, prior.images - have - len(own)))]
@@ -62,14 +66,16 @@ def fill(
         for done, batch in _batches(missing, sizes, prior.batch_size):
             height, width = sizes[batch[0] % len(sizes)]
             prompts = [prior.prompts[i % len(prior.prompts)] for i in batch]
+            seeds = [seed_for(0, "class picture", i) % 2**31 for i in batch]
             images = generate(
-                family, components, prompts, seeds=[seed_for(0, "class picture", i) % 2**31 for i in batch],
+                family, components, prompts, seeds=seeds,
                 steps=prior.inference_steps, guidance_scale=prior.guidance_scale, height=height, width=width,
                 batch_size=prior.batch_size,
             )  # fmt: skip
-            for i, prompt, image in zip(batch, prompts, images, strict=True):
+            for i, seed, prompt, image in zip(batch, seeds, prompts, images, strict=True):
                 write_text(wanted[i].with_suffix(".txt"), prompt + "\n")
-                _publish(image, wanted[i])
+                made = settings | {"prompt": prompt, "seed": seed, "height": height, "width": width}
+                _publish(image, wanted[i], made)
             advance(len(wanted) - len(missing) + done, "")
     return len(missing)
 
@@ -103,12 +109,38 @@ def _batches(
             yield done, batch
 
 
-def _publish(image: Image.Image, path: Path) -> None:
-    """Save whole or not at all; a picture that another job made meanwhile stays, for it may be in use."""
+def origins(folder: Path) -> dict[str, str]:
+    """What generated pictures count as: the digest of a picture's file -> that of all that decides what it shows.
+
+    Two GPUs draw the same picture with other last bits; it is the same picture. One that somebody changed since it was
+    drawn has another digest, and is not in here.
+    """
+    journal = folder / JOURNAL
+    found = {}
+    for line in journal.read_text(encoding="utf-8").splitlines() if journal.is_file() else ():
+        try:
+            entry = json.loads(line)
+            made = json.dumps(entry["made_with"], sort_keys=True)
+            found[entry["sha256"]] = hashlib.sha256(made.encode()).hexdigest()
+        except (ValueError, KeyError, TypeError):  # the torn line of a call that was killed
+            continue
+    return found
+
+
+def _publish(image: Image.Image, path: Path, made_with: dict[str, Any]) -> None:
+    """Save whole or not at all, and note how it was made; a picture that another job made meanwhile stays, for it may
+    be in use.
+    """
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".partial", delete=False) as stream:
         image.save(stream, format="PNG")
     partial = Path(stream.name)
-    partial.chmod(0o644)
+    with suppress(PermissionError):  # a mounted drive may have no modes to change
+        partial.chmod(0o644)
+    entry = {"file_name": path.name, "sha256": hashlib.sha256(partial.read_bytes()).hexdigest(), "made_with": made_with}
+    # keep: noted before it is there, so that no picture is there without its note; begun on a new line, because the
+    # last one of a call that was killed may be torn.
+    with (path.parent / JOURNAL).open("a", encoding="utf-8") as journal:
+        journal.write(f"\n{json.dumps(entry, ensure_ascii=False)}\n")
     try:
         os.link(partial, path)
     except FileExistsError:

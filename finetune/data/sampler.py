@@ -7,8 +7,9 @@ alternate within a bucket. An epoch is a few arrays, so a million pictures are p
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import overload
@@ -74,18 +75,21 @@ class Epoch(Sequence[list[Draw]]):
 class Sampler:
     """Plans micro-batches for an endless run over a fixed set of pictures."""
 
-    def __init__(self, items: Sequence[Item], batch_size: int, seed: int) -> None:
+    def __init__(self, items: Iterable[Item], batch_size: int, seed: int) -> None:
         """Plan for `items`; `batch_size` counts the pictures of all processes together."""
         self._batch_size = batch_size
         self._seed = seed
-        self._buckets = sorted({item.bucket for item in items})
-        number = {bucket: i for i, bucket in enumerate(self._buckets)}
-        self._bucket = np.array([number[item.bucket] for item in items], dtype=np.int64)
-        subject = np.array([i for i, item in enumerate(items) if not item.is_class], dtype=np.int64)
-        repeats = np.array([items[i].repeats for i in subject], dtype=np.int64)
-        self._subject = np.repeat(subject, repeats)
-        self._subject_repeat = _count_within(repeats)
-        prior = np.array([i for i, item in enumerate(items) if item.is_class], dtype=np.int64)
+        met: dict[Bucket, int] = {}
+        facts = array("q")
+        for item in items:
+            facts.extend((met.setdefault(item.bucket, len(met)), item.repeats, item.is_class))
+        bucket, repeats, is_class = np.frombuffer(facts, dtype=np.int64).reshape(-1, 3).T
+        self._buckets = sorted(met)
+        self._bucket = np.array([self._buckets.index(each) for each in met], dtype=np.int64)[bucket]
+        subject = np.flatnonzero(is_class == 0)
+        self._subject = np.repeat(subject, repeats[subject])
+        self._subject_repeat = _count_within(repeats[subject])
+        prior = np.flatnonzero(is_class)
         self._prior = prior[_permutation(len(prior), seed, "class order")]
         self._counts = _per_bucket(self._bucket[self._subject], len(self._buckets))
         self._lap = _per_bucket(self._bucket[self._prior], len(self._buckets))

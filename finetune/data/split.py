@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
-from data_tools.dedupe import Looks, near_pairs, to_hashes
+from data_tools.dedupe import Hashes, Looks, near_pairs, to_hashes
 from data_tools.errors import Problem, counted
-from finetune.data.dataset import Picture
+from finetune.data.dataset import Picture, shelf
 from finetune.errors import ConfigError
 from finetune.rng import seed_for
 
@@ -19,7 +19,7 @@ NEAR = 5
 
 def split_holdout(
     pictures: Sequence[Picture], count: int, seed: int
-) -> tuple[list[Picture], list[Picture], list[Problem]]:
+) -> tuple[Sequence[Picture], Sequence[Picture], list[Problem]]:
     """Training pictures, held-out subject pictures, and what to say about them.
 
     Near copies stay together. Which groups are held out depends on the seed, the names and the contents only; a group
@@ -28,27 +28,34 @@ def split_holdout(
     Raises:
         ConfigError: if nothing would be left to train on, or every group is larger than `count`.
     """
-    subject = [p for p in pictures if not p.is_class]
-    if count >= len(subject):
+    number = sum(not p.is_class for p in pictures)
+    if count >= number:
         raise ConfigError(
-            f"validation.holdout={count} leaves nothing to train on: there are {len(subject)} subject pictures; "
+            f"validation.holdout={count} leaves nothing to train on: there "
+            f"{counted(number, 'subject picture is', 'subject pictures are')} in all; "
             "set it to 0 (a probe of the training pictures is used) or add pictures."
         )
     if not count:
-        return list(pictures), [], []
+        return pictures, [], []
+    subject = shelf(p for p in pictures if not p.is_class)
+    first = groups(subject)
+    sizes = np.bincount(first, minlength=len(first))
     # keep: each group has a place of its own, so that adding or removing a picture leaves the others where they are.
-    together = sorted(groups(subject), key=lambda group: seed_for(seed, "holdout", group[0].key))
-    held: set[str] = set()
-    for group in together:
-        if len(held) + len(group) <= count:
-            held.update(p.key for p in group)
-    if not held:
-        sizes = min(len(group) for group in together)
+    places = np.array([seed_for(seed, "holdout", picture.key) for picture in subject], dtype=np.uint64)
+    chosen: list[int] = []
+    left = count
+    for leader in np.argsort(places, kind="stable").tolist():
+        if 0 < sizes[leader] <= left:
+            chosen.append(leader)
+            left -= int(sizes[leader])
+    if not chosen:
+        smallest = int(sizes[sizes > 0].min())
         raise ConfigError(
             f"validation.holdout={count} cannot be set aside: the pictures fall into groups of near copies, the "
-            f"smallest with {sizes}, and copies of a held-out picture would be trained on; set it to {sizes} or more, "
-            "remove copies, or name other pictures in validation.folder."
+            f"smallest with {smallest}, and copies of a held-out picture would be trained on; set it to {smallest} or "
+            "more, remove copies, or name other pictures in validation.folder."
         )
+    held = {subject[int(place)].key for place in np.flatnonzero(np.isin(first, chosen))}
     problems = []
     if len(held) < count:
         problems.append(
@@ -60,14 +67,17 @@ def split_holdout(
                 "warning",
             )
         )
-    training = [p for p in pictures if p.key not in held]
-    return training, [p for p in pictures if p.key in held], problems
+    training = shelf(p for p in pictures if p.key not in held)
+    return training, shelf(p for p in pictures if p.key in held), problems
 
 
 def overlap(training: Sequence[Picture], validation: Sequence[Picture]) -> list[Problem]:
     """A warning for every validation picture of which a near copy is trained on."""
-    mine, theirs, _ = near_pairs(_looks(validation), _looks(training), NEAR)
-    first = dict(zip(reversed(mine.tolist()), reversed(theirs.tolist()), strict=True))
+    hashes, places = np.unique(_looks(training).straight, return_index=True)
+    mine, theirs, _ = near_pairs(_looks(validation), _blind(hashes), NEAR)
+    first: dict[int, int] = {}
+    for i, j in zip(mine.tolist(), places[theirs].tolist(), strict=True):
+        first[i] = min(j, first.get(i, j))
     return [
         Problem(
             f"{validation[i].path.parent.name}/{validation[i].path.name}",
@@ -80,27 +90,40 @@ def overlap(training: Sequence[Picture], validation: Sequence[Picture]) -> list[
     ]
 
 
-def groups(pictures: Sequence[Picture]) -> list[list[Picture]]:
-    """Pictures that are near copies of each other, directly or through others; in the order of their keys."""
-    ordered = sorted(pictures, key=lambda p: p.key)
-    leader = list(range(len(ordered)))
+def groups(pictures: Sequence[Picture]) -> NDArray[np.int64]:
+    """Which pictures are near copies of each other, directly or through others.
+
+    Returns:
+        For each picture the place of the one of its group with the first key; of a single picture its own. Shape (n,).
+    """
+    hashes, same = np.unique(_looks(pictures).straight, return_inverse=True)
+    leader: dict[int, int] = {}
 
     def find(i: int) -> int:
-        while leader[i] != i:
-            leader[i] = i = leader[leader[i]]
+        while (other := leader.get(i, i)) != i:
+            leader[i] = i = leader.get(other, other)
         return i
 
-    looks = _looks(ordered)
-    for i, j in zip(*(side.tolist() for side in near_pairs(looks, looks, NEAR)[:2]), strict=True):
-        first, second = sorted((find(i), find(j)))
-        leader[second] = first
-    found: dict[int, list[Picture]] = defaultdict(list)
-    for i, picture in enumerate(ordered):
-        found[find(i)].append(picture)
-    return list(found.values())
+    looks = _blind(hashes)
+    i, j, _ = near_pairs(looks, looks, NEAR)
+    for a, b in zip(i[i < j].tolist(), j[i < j].tolist(), strict=True):
+        leader[find(b)] = find(a)
+    group = np.arange(len(hashes))
+    for a in leader:
+        group[a] = find(a)
+    group = group[same]
+    first = np.arange(len(group))
+    copies = np.flatnonzero(np.bincount(group)[group] > 1).tolist()
+    leaders: dict[int, int] = {}
+    for place in sorted(copies, key=lambda place: pictures[place].key):
+        first[place] = leaders.setdefault(int(group[place]), place)
+    return first
 
 
 def _looks(pictures: Sequence[Picture]) -> Looks:
     """Their hashes; colours are not told apart, for here a copy that is missed costs more than one too many."""
-    hashes = to_hashes([picture.phash for picture in pictures])
+    return _blind(to_hashes(picture.phash for picture in pictures))
+
+
+def _blind(hashes: Hashes) -> Looks:
     return Looks(hashes, hashes, np.zeros((len(hashes), 1, 1, 3), dtype=np.int16))

@@ -16,14 +16,16 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from data_tools.shelves import NamedShelf, Packing
 from finetune.errors import DataError
 from finetune.storage import DTYPE_NAMES, tensor_bytes, write_safetensors
 
@@ -35,6 +37,8 @@ DAMAGED = ".damaged"
 CLAIMS = ".claims"
 RESIDENT_BYTES = 2**30
 """What a store keeps in memory after reading; more than that is read from disk each time."""
+INDEXED_AT_ONCE = 32
+"""Shards whose entries are looked through together."""
 MAX_HEADER_BYTES = 100 * 2**20
 _DTYPES = {name: getattr(torch, dtype) for dtype, name in DTYPE_NAMES.items()}
 
@@ -53,6 +57,12 @@ class Entry:
     checksum: int
 
 
+_PLACE: Packing = (
+    lambda place: (place[0], place[1].tensors, place[1].checksum),
+    lambda values: (values[0], Entry(*values[1:])),
+)
+
+
 class Store:
     """The entries of one folder, of those keys that were asked for."""
 
@@ -60,36 +70,46 @@ class Store:
         self.folder = folder
         self.set_aside: list[Path] = []
         """Damaged shards that were found and renamed; their entries count as missing."""
-        self._places: dict[str, tuple[str, Entry]] = {}
+        self._places: NamedShelf[tuple[str, Entry]] = NamedShelf(*_PLACE)
+        self._used: set[str] = set()
         self._resident: dict[str, Tensors] = {}
         self._room = RESIDENT_BYTES
         self._seen: set[str] = set()
-        self._wanted: set[str] = set()
+        self._wanted: NamedShelf[bool] = NamedShelf()
 
-    def want(self, keys: Sequence[str]) -> None:
-        """Look for these keys as well from now on; keys that nobody wants take no memory."""
-        self._wanted.update(keys)
+    def want(self, keys: Iterable[str]) -> None:
+        """Look for these keys as well from now on; keys that nobody wants take no room."""
+        for key in keys:
+            self._wanted[key] = True
         self._seen.clear()
         self.refresh()
 
     def refresh(self) -> None:
         """Take in the shards that appeared since the last look."""
-        for path in shards(self.folder):
-            if path.name in self._seen:
-                continue
-            self._seen.add(path.name)
-            try:
-                entries = read_index(path)
-            except DamagedError:
-                self._put_aside(path)
-                continue
-            except FileNotFoundError:
-                continue
-            for key in entries.keys() & self._wanted:
-                self._places.setdefault(key, (path.name, entries[key]))
+        fresh = iter([path for path in shards(self.folder) if path.name not in self._seen])
+        while part := list(islice(fresh, INDEXED_AT_ONCE)):
+            found: dict[str, tuple[str, Entry]] = {}
+            for path in part:
+                self._seen.add(path.name)
+                try:
+                    entries = read_index(path)
+                except DamagedError:
+                    self._put_aside(path)
+                except FileNotFoundError:
+                    pass
+                else:
+                    for key in [key for key, wanted in self._wanted.gather(entries) if wanted]:
+                        found.setdefault(key, (path.name, entries[key]))
+            for key in self.missing(found):
+                self._places[key] = found[key]
+                self._used.add(found[key][0])
 
     def __contains__(self, key: str) -> bool:
         return key in self._places
+
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        """Those of many keys that are not there."""
+        return [key for key, place in self._places.gather(keys) if place is None]
 
     def get(self, key: str) -> Tensors:
         """The tensors of one entry, as they were written.
@@ -132,13 +152,15 @@ class Store:
         sums = {key: _checksum([tensor_bytes(parts[part]) for part in sorted(parts)]) for key, parts in entries.items()}
         write_safetensors(path, flat, {"format": FORMAT, "crc32": json.dumps(sums, sort_keys=True)})
         self._seen.discard(path.name)
-        self._wanted.update(entries)
+        for key in entries:
+            if key not in self._wanted:
+                self._wanted[key] = True
         self.refresh()
         return path
 
     def touch(self) -> None:
         """Note on the shards in use that they are, for `finetune cache --unused`; a read-only folder is left alone."""
-        for shard in {shard for shard, _ in self._places.values()}:
+        for shard in self._used:
             with contextlib.suppress(OSError):
                 os.utime(self.folder / shard)
 
@@ -156,7 +178,9 @@ class Store:
             os.close(descriptor)
 
     def _put_aside(self, path: Path) -> None:
-        self._places = {key: place for key, place in self._places.items() if place[0] != path.name}
+        for key in [key for key, (shard, _) in self._places.each() if shard == path.name]:
+            del self._places[key]
+        self._used.discard(path.name)
         self.set_aside.append(path)
         with contextlib.suppress(OSError):  # another process may have been first; a read-only folder keeps it
             path.rename(path.with_name(path.name + DAMAGED))

@@ -12,7 +12,7 @@ from finetune.data.cache import KINDS
 from finetune.data.store import CLAIMS, DAMAGED, SHARD, DamagedError, read_entry, read_index, shards
 from finetune.errors import DataError
 from finetune.storage import disk_errors
-from finetune.tracking import Reporter
+from finetune.tracking import Reporter, file_size
 
 DAY = 86400.0
 LEFTOVER_SECONDS = 3600.0
@@ -57,7 +57,7 @@ class Upkeep:
         """For a table."""
         rows = [(kind.name, _row(kind)) for kind in self.kinds]
         if self.removed:
-            rows.append(("removed", f"{counted(len(self.removed), 'file')}, {self.freed / 1e6:,.1f} MB"))
+            rows.append(("removed", f"{counted(len(self.removed), 'file')}, {file_size(self.freed)}"))
         return rows
 
 
@@ -156,7 +156,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 def _row(kind: Kind) -> str:
     entries, size = (sum(held[i] for held in kind.shards.values()) for i in (0, 1))
-    parts = [f"{counted(entries, 'entry', 'entries')} in {counted(len(kind.shards), 'shard')}, {size / 1e6:,.1f} MB"]
+    parts = [f"{counted(entries, 'entry', 'entries')} in {counted(len(kind.shards), 'shard')}, {file_size(size)}"]
     for count, what in (
         (len(kind.damaged), "damaged"),
         (len(kind.leftovers), "half-written by a killed process"),

@@ -7,10 +7,13 @@ the training picks one version and a side.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from random import Random
+from typing import Any
 
 from data_tools.buckets import Placement, move, slack
+from data_tools.shelves import Shelf
 from finetune.data.dataset import Picture
 from finetune.rng import python_rng
 
@@ -24,7 +27,7 @@ class Augment:
 
     Attributes:
         flip: mirror every other draw, left to right.
-        random_crop: cut the bucket out anywhere in the resized picture.
+        random_crop: cut the bucket out anywhere in the resized picture, unless it is zoomed to its subject.
         color_jitter: largest change of brightness, contrast and saturation, as a share of 1.
         holes: hide another part of the picture in every version, for inpainting bases; see `data.holes`.
         versions: of each picture, the plain one included, when one of the three above is on.
@@ -56,8 +59,23 @@ class View:
     version: int = 0
 
     @property
+    def original_size(self) -> tuple[int, int]:
+        """(height, width) of the original in pixels, as SDXL is told it; of a zoomed picture that of the part seen."""
+        height, width = self.picture.size
+        if not self.placement.zoomed:
+            return height, width
+        (tall, wide), (down, across) = self.placement.bucket, self.placement.resize
+        return round(height * tall / down), round(width * wide / across)
+
+    @property
     def crop_top_left(self) -> tuple[int, int]:
-        """(top, left) of the cut, pixels of the resized picture, as SDXL is told it: mirrored where the view is."""
+        """(top, left) of the cut, pixels of the resized picture, as SDXL is told it: mirrored where the view is.
+
+        A zoomed picture counts as one that was framed like this: nothing is cut off, or the adapter would learn the
+        close view for such numbers only, and samples are asked for with (0, 0).
+        """
+        if self.placement.zoomed:
+            return 0, 0
         top, left = self.placement.crop_top_left
         if self.mirrored:
             left = self.placement.resize[1] - left - self.placement.bucket[1]
@@ -78,6 +96,22 @@ def every_view(picture: Picture, augment: Augment) -> list[View]:
     return list(dict.fromkeys(replace(view, mirrored=side) for view in versions for side in sides))
 
 
+def views_of(*parts: tuple[Sequence[Picture], Augment]) -> Sequence[View]:
+    """Every view of these pictures, made anew each time it is asked for."""
+
+    def view(place: tuple[int, int, int]) -> View:
+        part, picture, number = place
+        return every_view(parts[part][0][picture], parts[part][1])[number]
+
+    places: Iterator[Any] = (
+        (part, place, number)
+        for part, (pictures, augment) in enumerate(parts)
+        for place, picture in enumerate(pictures)
+        for number, _ in enumerate(every_view(picture, augment))
+    )
+    return Shelf(places, unpack=view)
+
+
 def draw_view(picture: Picture, augment: Augment, version: Random, side: Random) -> View:
     """One version, on one side."""
     number = version.randrange(augment.count()) if augment.count() > 1 else 0
@@ -90,7 +124,8 @@ def _version(picture: Picture, augment: Augment, number: int) -> View:
     # keep: keyed by content and not by the run's seed, so that runs share what was encoded.
     chance = python_rng(0, "version", picture.sha256, number)
     across, down, *colours = (chance.random() for _ in range(5))
-    placement = move(picture.placement, slack(across, down)) if augment.random_crop else picture.placement
+    anywhere = augment.random_crop and not picture.placement.zoomed
+    placement = move(picture.placement, slack(across, down)) if anywhere else picture.placement
     brightness, contrast, saturation = (1 + augment.color_jitter * (2 * share - 1) for share in colours)
     jitter = (brightness, contrast, saturation) if augment.color_jitter > 0 else None
     return View(picture, placement, jitter=jitter, version=number if augment.holes else 0)

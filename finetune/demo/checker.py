@@ -8,7 +8,7 @@ picture with two objects it names both by their place, because "a ball left of a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from finetune.demo import CHECKER_FILE
-from finetune.demo.world import COLOURS, LAYOUTS, OBJECTS, POSITIONS, RESOLUTION, SIZES, SUBJECTS, TEXTURES
+from finetune.demo.scenes import COLOURS, LAYOUTS, POSITIONS, RESOLUTION, SIZES, TEXTURES
+from finetune.demo.shapes import OBJECTS
+from finetune.demo.subjects import SUBJECTS
 
 NONE = "none"
 NAMES: dict[str, tuple[str, ...]] = {
@@ -77,10 +79,6 @@ class Verdict:
     first_colour: str
     second: str
     second_colour: str
-    probability: dict[str, float] = field(default_factory=dict)
-    """Attribute -> probability of the name given."""
-    object_probabilities: dict[str, float] = field(default_factory=dict)
-    """Object name -> probability."""
 
 
 class Checker:
@@ -96,13 +94,11 @@ class Checker:
         found: list[Verdict] = []
         for part in pixels.split(batch):
             _, logits = self.net(part)
-            shares = {name: values.softmax(-1) for name, values in logits.items()}
-            for row in range(len(part)):
-                best = {name: int(values[row].argmax()) for name, values in shares.items()}
-                names = {name: NAMES[name][index] for name, index in best.items()}
-                sure = {name: float(shares[name][row, index]) for name, index in best.items()}
-                objects = dict(zip(NAMES["object"], shares["object"][row].tolist(), strict=True))
-                found.append(Verdict(**names, probability=sure, object_probabilities=objects))
+            best = {name: values.argmax(-1).tolist() for name, values in logits.items()}
+            found += [
+                Verdict(**{name: NAMES[name][indices[row]] for name, indices in best.items()})
+                for row in range(len(part))
+            ]
         return found
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ from finetune.demo import questions
 from finetune.demo.checker import load_checker
 from finetune.demo.pictures_folder import PICTURES, draw
 from finetune.demo.questions import LESSONS, Figures, Lesson, Measured
-from finetune.export import Exported
+from finetune.export.exporting import Exported
 from finetune.export.run import export_run, exported_rows
 from finetune.families import load_family
 from finetune.families.base import Components, ModelFamily
@@ -60,7 +60,7 @@ def run_demo(output: Path, reporter: Reporter) -> dict[str, Any]:
 def ask_base(run: Run, lesson: Lesson, reporter: Reporter, seeds: Sequence[int] = (0,)) -> Measured:
     """What the run's base makes of a lesson's prompts before anything is taught."""
     family, components = load_family(run.model.base)
-    return _ask("Asking the base model", family, components, lesson, reporter, seeds)
+    return _ask("Testing the base model", family, components, lesson, reporter, seeds)
 
 
 def teach(
@@ -68,7 +68,7 @@ def teach(
 ) -> tuple[TrainResult, Measured]:
     """Train, and ask the same prompts with the same seeds."""
     result = train(run, reporter)
-    return result, _ask("Asking what was learned", result.family, result.components, lesson, reporter, seeds)
+    return result, _ask("Testing the adapter", result.family, result.components, lesson, reporter, seeds)
 
 
 def _ask(
@@ -92,7 +92,7 @@ def _summary(
         "before": before.as_dict(),
         "after": after.as_dict(),
         "validation": None if result.validation is None else {
-            "loss_over_base": result.validation.value, "standard_error": result.validation.error,
+            "loss_over_base": result.validation.value,
         },
         "steps": result.steps,
         "training_seconds": round(result.seconds, 1),
@@ -123,7 +123,7 @@ def pages(output: Path, run: Run, summary: dict[str, Any], exported: list[Export
         ("Ordinary robots stay robots", change("class_kept", 1)),
         ("Other prompts still followed", change("ordinary", 2)),
         ("Loss on held-out pictures",
-         f"{validation['loss_over_base']:.3f} +- {validation['standard_error']:.3f} of the base's"),
+         f"{validation['loss_over_base']:.3f} of the base's"),
         ("Time and memory", f"{summary['seconds']:.0f} s, of which training {summary['training_seconds']:.0f} s; "
                             f"{summary['peak_memory_mb']:.0f} MB at most"),
     ]  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 
 from data_tools.errors import counted
 from finetune.config import Run
-from finetune.demo.world import write_subject_pictures
+from finetune.demo.subjects import write_subject_pictures
 from finetune.export.run import export_run, exported_rows
 from finetune.families.twins import RESOLUTION, TWINS, write_twin
 from finetune.run_files import make_run

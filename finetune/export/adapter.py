@@ -1,4 +1,4 @@
-"""Adapter files in the layouts their readers expect: `interchange` knows the spellings, this puts the papers in."""
+"""Adapter files in the layouts their readers expect: `interchange` knows the spellings, this adds the metadata."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ import torch
 
 from finetune import storage
 from finetune.export import metadata
-from finetune.export.job import ExportError, Job, Outcome
-from finetune.export.neutral import as_lora, lost_share, neutral, without_alpha
-from finetune.export.words import FOLDER
+from finetune.export.embeddings import FOLDER
+from finetune.export.errors import ExportError
+from finetune.export.interchange import as_lora, lost_share, to_interchange, without_alpha
+from finetune.export.job import Job, Outcome
+from finetune.export.privacy import public_name
 from finetune.interchange.adapter import Adapter, InterchangeError
+from finetune.interchange.embeddings import beside
 from finetune.interchange.layouts import LOSSES
+from finetune.interchange.output import Output, portable, usual
 from finetune.interchange.sources import PEFT_CONFIG
-from finetune.interchange.words import beside
 from finetune.interchange.writing import WRITERS
-from finetune.interchange.written import Written, portable, usual
 
 LAYOUTS = ("diffusers", "kohya", "peft")
 """The layouts of `interchange` that are exported; each is a format of the same name."""
@@ -37,14 +39,14 @@ def writer(layout: str) -> Callable[[Job, Path], Outcome]:
         if layout == "peft":
             _complete_peft(job, written)
         for name, (tensors, stated) in written.files.items():
-            papers = metadata.modelspec(job) | (metadata.kohya(job) if layout == "kohya" else {})
+            entries = metadata.modelspec(job) | (metadata.kohya(job) if layout == "kohya" else {})
             if outcome.lost:
                 told = {"cause": " ".join(outcome.notes), "total": float(f"{outcome.lost:.6g}")}
-                papers |= {LOSSES: json.dumps([told], ensure_ascii=False)}
-            papers |= beside(job.file.header.tokens, FOLDER)
-            entries = {**papers, **{key: value for key, value in stated.items() if value}}
+                entries |= {LOSSES: json.dumps([told], ensure_ascii=False)}
+            entries |= beside(job.file.header.tokens, FOLDER)
+            entries = {**entries, **{key: value for key, value in stated.items() if value}}
             storage.write_safetensors(path / name, tensors, metadata.with_hashes(tensors, entries))
-        for name, document in written.papers.items():
+        for name, document in written.documents.items():
             storage.write_json(path / name, document)
         return outcome
 
@@ -63,8 +65,8 @@ def carried_by(job: Job, adapter: Adapter) -> list[str]:
     return found
 
 
-def _written(job: Job, layout: str) -> tuple[Written, Outcome]:
-    adapter = without_alpha(neutral(job)) if layout == "kohya" else neutral(job)
+def _written(job: Job, layout: str) -> tuple[Output, Outcome]:
+    adapter = without_alpha(to_interchange(job)) if layout == "kohya" else to_interchange(job)
     try:
         return WRITERS[layout](adapter, job.dtype, False), Outcome()
     except InterchangeError as error:
@@ -80,22 +82,22 @@ def _written(job: Job, layout: str) -> tuple[Written, Outcome]:
 
 def _refused(job: Job, layout: str, adapter: Adapter, error: InterchangeError) -> ExportError:
     exact = [*(name for name in carried_by(job, adapter) if name != layout), "merged", "single-file"]
-    reasons = [problem.split("; exact:")[0].split("; --allow-lossy")[0].rstrip(".") + "." for problem in error.problems]
+    reasons = [problem.split("; use --")[0].rstrip(".") + "." for problem in error.problems]
     return ExportError(
         f"The {layout} layout cannot carry this adapter exactly.",
         [
             *reasons,
-            f"exact: {', '.join(f'--format {name}' for name in exact)}; --allow-lossy writes a LoRA "
-            "in its place and measures what that loses.",
+            f"exact with `finetune export`: {', '.join(f'--format {name}' for name in exact)}; --allow-lossy writes a "
+            "LoRA in its place and measures what that loses.",
         ],
     )
 
 
-def _complete_peft(job: Job, written: Written) -> None:
+def _complete_peft(job: Job, written: Output) -> None:
     """Fields of adapter_config.json that only the run knows: the base's name, and the rank of LoKr's whole factors."""
-    for component in {name.removesuffix(f"/{PEFT_CONFIG}") for name in written.papers}:
-        document = written.papers[f"{component}/{PEFT_CONFIG}"]
-        document["base_model_name_or_path"] = metadata.public_name(job.file.header.base)
+    for component in {name.removesuffix(f"/{PEFT_CONFIG}") for name in written.documents}:
+        document = written.documents[f"{component}/{PEFT_CONFIG}"]
+        document["base_model_name_or_path"] = public_name(job.file.header.base)
         if document["peft_type"] == "LOKR":
             # keep: PEFT takes a factor for whole if the rank reaches half its side, so it must know the trained one.
             document.update(_strengths(job, component))

@@ -12,8 +12,9 @@ from pathlib import Path
 import yaml
 
 from finetune import storage
-from finetune.export.job import ExportError
-from finetune.export.metadata import private_parts, public_name
+from finetune.export.errors import ExportError
+from finetune.export.privacy import private_parts, public_name
+from finetune.families.places import DEMO
 
 TAGS = ("lora", "diffusers", "text-to-image", "template:sd-lora")
 WORD_TAGS = ("textual_inversion", "diffusers", "text-to-image")
@@ -79,8 +80,8 @@ def write_card(folder: Path, card: Card) -> Path:
         ExportError: if the card would hold an absolute path, a token or the home folder.
     """
     text = render(card)
-    if problems := [f"README.md would hold {part}; take it out." for part in private_parts(text)]:
-        raise ExportError("The model card would give away something private.", problems)
+    if problems := [f"README.md would contain {part}; remove it." for part in private_parts(text)]:
+        raise ExportError("The model card would reveal something private.", problems)
     path = folder / "README.md"
     storage.write_text(path, text)
     return path
@@ -96,12 +97,12 @@ def render(card: Card) -> str:
         parts.append("<Gallery />")
     if card.trigger_words:
         words = ", ".join(f"`{word}`" for word in card.trigger_words)
-        parts.append(f"Write {words} in the prompt.")
+        parts.append(f"Use {words} in the prompt.")
     parts += ["## Use", *_usage(card)]
     sheet = f"![The same prompts and seeds without and with the adapter]({card.sheet})" if card.sheet else ""
     sections = {
         "Results": [sheet, _table(("measure", "value"), card.figures)],
-        "Pictures it learned from": [_table(("what", "value"), card.data)],
+        "Training data": [_table(("property", "value"), card.data)],
         "Training": [_table(("setting", "value"), card.training)],
         "Licence": [_licence(card)],
     }
@@ -133,18 +134,21 @@ def _usage(card: Card) -> list[str]:
     prompt = card.gallery[0][0] if card.gallery else usual
     base = public_name(card.base)
     link = f"[{base}](https://huggingface.co/{base})" if is_hub_id(base) else f"`{base}`"
+    if card.base == DEMO:
+        link = f"{link}, the tiny one that ships with `finetune`: the folder `finetune.demo.BASE_DIR`"
     parts = []
     if card.diffusers_file or card.words:
         given = ", image=picture, mask_image=mask" if card.repaints else ""
         origin = json.dumps(base if is_hub_id(card.base) else f"path/to/{base}")
+        own = "from finetune.demo import BASE_DIR\n" if card.base == DEMO else ""
         loads = [f'pipeline.load_lora_weights(".", weight_name={json.dumps(card.diffusers_file)})\n']
         loads = [*(loads if card.diffusers_file else []), *_word_lines(card)]
         imports = "from safetensors.torch import load_file\n" if card.words and card.encoders else ""
         parts += [
-            "With diffusers, from the folder that holds this file:",
+            "With diffusers, in the folder of this file:",
             "```python\n"
-            f"from diffusers import {card.pipeline}\n{imports}\n"
-            f"pipeline = {card.pipeline}.from_pretrained({origin})\n"
+            f"from diffusers import {card.pipeline}\n{own}{imports}\n"
+            f"pipeline = {card.pipeline}.from_pretrained({'BASE_DIR' if own else origin})\n"
             f"{''.join(loads)}"
             f'pipeline({json.dumps(prompt, ensure_ascii=False)}{given}).images[0].save("picture.png")\n'
             "```",
@@ -158,17 +162,17 @@ def _usage(card: Card) -> list[str]:
         ]
     if card.words:
         parts.append(
-            f"The learned words stand in `embeddings`: copy {', '.join(f'`{name}`' for name in card.words.values())} "
-            "to `models/embeddings` (ComfyUI) or `embeddings` (A1111), where a word is called by its file's name."
+            f"The learned words are in `embeddings`: copy {', '.join(f'`{name}`' for name in card.words.values())} "
+            "to `models/embeddings` (ComfyUI) or `embeddings` (A1111) and write the file's name in the prompt."
         )
     if card.merged_folder:
         parts.append(
-            f"The folder `{card.merged_folder}` is the whole pipeline with everything in it: "
-            f'`{card.pipeline}.from_pretrained("{card.merged_folder}")`, nothing else to load.'
+            f"The folder `{card.merged_folder}` is the whole pipeline with the adapter merged in: "
+            f'`{card.pipeline}.from_pretrained("{card.merged_folder}")`.'
         )
     if card.single_file:
         parts.append(
-            f"The file `{card.single_file}` is the whole model with the adapter in it: copy it to `models/checkpoints` "
+            f"The file `{card.single_file}` is the whole model, adapter merged in: copy it to `models/checkpoints` "
             "(ComfyUI) or `models/Stable-diffusion` (A1111, Forge)."
         )
     return [
@@ -195,10 +199,10 @@ def _licence(card: Card) -> str:
     owner = f"Made by {card.author}. " if card.author else ""
     stated = (
         f"The files are published under `{card.license}`." if card.license else
-        "No licence is stated, so nobody else may publish the files. The author states one with `export.license` in "
-        "the recipe (an SPDX id, or a name the hub knows, such as `openrail++`) and builds again."
+        "No licence is stated, so others may not redistribute the files. The author can set `export.license` in the "
+        "recipe (an SPDX id, or a licence name of the hub, such as `openrail++`) and build again."
     )  # fmt: skip
-    return f"{owner}{stated} The base model's own licence holds for their use too."
+    return f"{owner}{stated} The licence of the base model applies as well."
 
 
 def is_hub_id(base: str) -> bool:

@@ -13,7 +13,8 @@ from data_tools.errors import counted
 from finetune.adapters.files import DOWN, UP, delta_weight
 from finetune.adapters.updates import LORA, UPDATES, merged_bias, merged_weight
 from finetune.errors import first_few
-from finetune.export.job import ExportError, Job
+from finetune.export.errors import ExportError
+from finetune.export.job import Job
 from finetune.interchange.adapter import Place
 from finetune.sampling.apply import adapter_targets
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from finetune import storage
 from finetune.adapters.tokens import add_words
-from finetune.export.job import ExportError, Job
-from finetune.export.metadata import private_parts
+from finetune.export.errors import ExportError
+from finetune.export.job import Job
+from finetune.export.privacy import private_parts
 
 PRIVATE_KEYS = ("_name_or_path", "name_or_path")
 """Where libraries note the folder a model was loaded from."""
@@ -45,7 +46,7 @@ def with_words(job: Job, component: str, tokenizer: Any) -> Any:
         return tokenizer
     knowing = copy.deepcopy(tokenizer)
     if problems := add_words(knowing, {word: len(vectors) for word, vectors in words.items()}):
-        raise ExportError("The learned words do not fit the base:", problems)
+        raise ExportError("The learned words do not fit the base model:", problems)
     return knowing
 
 
@@ -99,7 +100,7 @@ def scrub(folder: Path) -> None:
         ]
     if problems:
         raise ExportError(
-            "A configuration of the base names something private; take it out of the base.", problems
+            "A configuration file of the base contains something private; remove it from the base.", problems
         )
 
 

@@ -1,8 +1,8 @@
-"""What the parts of an export share: the job, and the error that leaves nothing behind."""
+"""What the parts of an export share: what is exported, and what writing a format came to."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,37 +11,15 @@ import torch
 from torch import nn
 
 from finetune.adapters.files import AdapterFile
-from finetune.errors import UserError
+from finetune.dtypes import DTYPES
 from finetune.export.streaming import Digests
 from finetune.families.base import Components, ModelFamily
 from finetune.interchange.adapter import Adapter
 from finetune.sampling.apply import network
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-"""name -> number format of the written weights."""
-DETAILS = ("minimal", "public", "full")
-"""How much a file says about itself; see `Papers.detail`."""
-
-
-class ExportError(UserError):
-    """A file that would not be what the user trained; nothing is kept under its final name.
-
-    Attributes:
-        formats: names of the formats that were refused; empty where the adapter or a paper is at fault.
-        done: what was exported all the same, see `export`.
-    """
-
-    exit_code = 6
-
-    def __init__(
-        self, headline: str, problems: Iterable[str] = (), formats: Sequence[str] = (), done: Sequence[Any] = ()
-    ) -> None:
-        super().__init__(headline, problems)
-        self.formats, self.done = tuple(formats), tuple(done)
-
 
 @dataclass(frozen=True)
-class Papers:
+class ModelInfo:
     """What a file says about itself besides its weights. Everything is optional; nothing is guessed.
 
     Attributes:
@@ -51,32 +29,26 @@ class Papers:
         learning_rate: the denoiser's, as the run used it.
         optimizer: its name.
         seed: of the run.
-        created: seconds since 1970, e.g. when the run ended. None takes SOURCE_DATE_EPOCH, or leaves dates
-            out; never the clock, so that an export can be repeated byte for byte.
         dataset_digest: SHA-256 over the data set's manifest.
         thumbnail: a small picture as a data URL, shown by model managers; empty for none.
         configuration: the run's configuration without places, for detail "full".
         detail: "minimal": what readers need, title, trigger words and licence. "public": and how it was
             trained. "full": and the whole configuration. None of them holds a path, a user, a host or a token.
-        extra: further metadata entries under their full names.
     """
 
     title: str = ""
     description: str = ""
     author: str = ""
     license: str = ""
-    tags: tuple[str, ...] = ()
     resolution: int | None = None
     images: int | None = None
     learning_rate: float | None = None
     optimizer: str = ""
     seed: int | None = None
-    created: int | None = None
     dataset_digest: str = ""
     thumbnail: str = ""
     configuration: dict[str, Any] = field(default_factory=dict)
     detail: str = "public"
-    extra: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -96,7 +68,7 @@ class Job:
     components: Components
     name: str
     dtype: torch.dtype
-    papers: Papers
+    info: ModelInfo
     force: bool = False
     lossy: int | None = None
 

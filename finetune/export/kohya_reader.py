@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from finetune import storage
 from finetune.errors import first_few
 from finetune.export.changes import Deltas
-from finetune.export.job import ExportError, Job
-from finetune.export.neutral import architecture
+from finetune.export.errors import ExportError
+from finetune.export.interchange import architecture
+from finetune.export.job import Job
 from finetune.families.original_keys import INWARDS, config_of
 from finetune.families.text import canonical
 from finetune.interchange.adapter import Place
@@ -56,7 +57,7 @@ def read(job: Job, path: Path) -> Deltas:
         stem, _, ending = name.partition(".")
         stems.setdefault(stem, {})[ending] = tensor
     if unknown := sorted(set(stems) - set(layers)):
-        raise ExportError("Readers of kohya layout would not load these keys.", first_few(unknown))
+        raise ExportError("Programs that read the kohya layout would not load these keys.", first_few(unknown))
     found: Deltas = {}
     for stem in sorted(stems):
         members = layers[stem]
@@ -93,7 +94,7 @@ def change(parts: Parts, weight: Tensor | None) -> Tensor | None:
         gains = wide["weight"].reshape((1, -1) if bool(wide["on_input"]) else (-1, 1))
         return weight.flatten(1).double() * gains if weight.ndim == 2 else _by_channel(weight, wide)
     if not set(wide) <= {"diff", "diff_b"}:
-        raise ExportError(f"Readers of kohya layout know no tensors named {', '.join(sorted(wide))}.")
+        raise ExportError(f"Programs that read the kohya layout do not know tensors named {', '.join(sorted(wide))}.")
     return wide.get("diff")
 
 

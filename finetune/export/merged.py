@@ -30,8 +30,9 @@ from finetune.adapters.files import TOKENS, AdapterFile
 from finetune.errors import first_few
 from finetune.export import metadata
 from finetune.export.changes import Change, changes
+from finetune.export.errors import ExportError
 from finetune.export.folders import Words, save_config, scrub, with_words, word_rows
-from finetune.export.job import ExportError, Job, Outcome, Rounding
+from finetune.export.job import Job, Outcome, Rounding
 from finetune.export.streaming import Digests, Plan, planned, write
 from finetune.families.original_keys import IDENTITY, Layout, config_of, to_original
 from finetune.families.text import canonical
@@ -68,7 +69,7 @@ def write_single(job: Job, path: Path) -> Outcome:
     tally = Tally()
     digests = _write(job, path, single_plan(job, tally), metadata.modelspec(job, kind=""), hashed=True)
     words = job.file.header.tokens
-    notes = (f"the words {', '.join(words)} stand in files of their own.",) if words else ()
+    notes = (f"the words {', '.join(words)} are stored in separate files.",) if words else ()
     return Outcome(rounding=_checked(job, tally), notes=notes, digests={path: digests})
 
 

@@ -9,21 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
-from pathlib import Path, PurePosixPath
 from typing import Any
 
 from torch import Tensor
 
 from finetune import storage
-from finetune.export.job import ExportError, Job
+from finetune.export.errors import ExportError
+from finetune.export.job import Job
+from finetune.export.privacy import private_parts, public_name
+from finetune.version import VERSION
 
-SECRET_NAMES = ("TOKEN", "SECRET", "PASSWORD", "API_KEY", "CREDENTIAL")
-SHORTEST_SECRET = 8
-ABSOLUTE_PATH = re.compile(r"(?<![\w.:/])(?:/[\w.@~+-]+){2,}|(?<!\w)[A-Za-z]:\\|\\\\\w")
-HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 LEGACY_SPAN = (0x100000, 0x10000)
 """Offset and length in bytes of the stretch that A1111's old short hash covers."""
 
@@ -45,7 +42,7 @@ def modelspec(job: Job, kind: str = "lora") -> dict[str, str]:
     Raises:
         ExportError: if an entry holds an absolute path, a token or the home folder.
     """
-    papers, header = job.papers, job.file.header
+    info, header = job.info, job.file.header
     prediction = {"epsilon": "epsilon", "v_prediction": "v"}
     triggers = ", ".join(header.trigger_words)
     denoiser: Any = job.components.denoiser
@@ -55,37 +52,36 @@ def modelspec(job: Job, kind: str = "lora") -> dict[str, str]:
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{architecture}/{kind}" if kind else architecture,
         "modelspec.implementation": "diffusers",
-        "modelspec.title": papers.title or job.name,
-        "modelspec.description": papers.description,
-        "modelspec.author": papers.author,
-        "modelspec.license": papers.license,
-        "modelspec.tags": ", ".join(papers.tags),
-        "modelspec.date": _date(job),
-        "modelspec.resolution": f"{papers.resolution}x{papers.resolution}" if papers.resolution else "",
+        "modelspec.title": info.title or job.name,
+        "modelspec.description": info.description,
+        "modelspec.author": info.author,
+        "modelspec.license": info.license,
+        "modelspec.date": _date(),
+        "modelspec.resolution": f"{info.resolution}x{info.resolution}" if info.resolution else "",
         "modelspec.trigger_phrase": triggers,
         "modelspec.usage_hint": f"Write {triggers} in the prompt." if triggers else "",
-        "modelspec.thumbnail": papers.thumbnail,
+        "modelspec.thumbnail": info.thumbnail,
         "modelspec.prediction_type": prediction.get(
             job.components.scheduler_config.get("prediction_type", ""), ""
         ),
+        "finetune.trainer": f"finetune {VERSION}",
         "finetune.base": public_name(header.base),
         "finetune.base_digest": header.base_digest,
         "finetune.run_digest": header.run_digest,
-        "finetune.dataset_digest": papers.dataset_digest,
+        "finetune.dataset_digest": info.dataset_digest,
         "finetune.step": str(header.step),
         "finetune.method": json.dumps(header.method, sort_keys=True),
         **_configuration(job),
-        **papers.extra,
     }
     return _public(_asked(job, entries))
 
 
 def kohya(job: Job) -> dict[str, str]:
     """The ss_* entries that A1111, InvokeAI, ComfyUI managers and sd-scripts read, but for those about the network."""
-    papers, header = job.papers, job.file.header
+    info, header = job.info, job.file.header
     version = job.family.kohya_base_version
-    created = _created(job)
-    count = papers.images or 1
+    created = _created()
+    count = info.images or 1
     # Tags of single pictures would give captions away; the trigger words are what a user of the file needs.
     tags = dict.fromkeys(header.trigger_words, count)
     subset = {"class_tokens": ", ".join(header.trigger_words), "img_count": count, "num_repeats": 1}
@@ -97,16 +93,16 @@ def kohya(job: Job) -> dict[str, str]:
         "ss_sd_model_name": public_name(header.base),
         "ss_steps": str(header.step),
         "ss_max_train_steps": str(header.step),
-        "ss_resolution": f"({papers.resolution}, {papers.resolution})" if papers.resolution else "",
-        "ss_num_train_images": str(papers.images) if papers.images else "",
-        "ss_learning_rate": f"{papers.learning_rate:g}" if papers.learning_rate is not None else "",
-        "ss_optimizer": papers.optimizer,
-        "ss_seed": str(papers.seed) if papers.seed is not None else "",
+        "ss_resolution": f"({info.resolution}, {info.resolution})" if info.resolution else "",
+        "ss_num_train_images": str(info.images) if info.images else "",
+        "ss_learning_rate": f"{info.learning_rate:g}" if info.learning_rate is not None else "",
+        "ss_optimizer": info.optimizer,
+        "ss_seed": str(info.seed) if info.seed is not None else "",
         "ss_training_started_at": str(float(created)) if created is not None else "",
         "ss_tag_frequency": json.dumps({"training": tags}, ensure_ascii=False) if tags else "",
         "ss_datasets": json.dumps([{"subsets": [subset]}], ensure_ascii=False) if tags else "",
         "ss_dataset_dirs": json.dumps({"training": {"n_repeats": 1, "img_count": count}})
-        if papers.images
+        if info.images
         else "",
     }
     return _public(_asked(job, entries))
@@ -136,53 +132,27 @@ def with_hashes(tensors: Mapping[str, Tensor], entries: Mapping[str, str]) -> di
     return {**described, "sshs_legacy_hash": legacy.hexdigest()[:8]} if covered else described
 
 
-def public_name(base: str) -> str:
-    """A base model's name without the folders it lies in; hub ids ("owner/name") stay whole."""
-    is_path = base.startswith(("/", "~", ".")) or "\\" in base or base.count("/") > 1
-    return PurePosixPath(base.replace("\\", "/")).name if is_path else base
-
-
-def private_parts(text: str) -> list[str]:
-    """What in a text should not leave this machine, in words: paths, the home folder, tokens."""
-    home = str(Path.home())
-    secrets = {
-        name: value
-        for name, value in os.environ.items()
-        if any(part in name.upper() for part in SECRET_NAMES) and len(value) >= SHORTEST_SECRET
-    }
-    found = [
-        f"the value of the environment variable {name}" for name, value in secrets.items() if value in text
-    ]
-    if HUB_TOKEN.search(text):
-        found.append("a hub token")
-    if len(home) > 1 and home in text:
-        found.append("the home folder")
-    elif match := ABSOLUTE_PATH.search(text):
-        found.append(f"the path {match[0]}")
-    return found
-
-
 def _asked(job: Job, entries: Mapping[str, str]) -> dict[str, str]:
     """Those entries that say something and are wanted."""
-    minimal = job.papers.detail == "minimal"
+    minimal = job.info.detail == "minimal"
     return {name: value for name, value in entries.items() if value and (not minimal or name in MINIMAL)}
 
 
 def _configuration(job: Job) -> dict[str, str]:
     """The whole run for detail "full"."""
-    if job.papers.detail != "full" or not job.papers.configuration:
+    if job.info.detail != "full" or not job.info.configuration:
         return {}
-    return {"finetune.run": json.dumps(job.papers.configuration, sort_keys=True, ensure_ascii=False)}
+    return {"finetune.run": json.dumps(job.info.configuration, sort_keys=True, ensure_ascii=False)}
 
 
 def _public(entries: dict[str, str]) -> dict[str, str]:
     problems = [
-        f"{name} holds {part}; everyone who gets the file could read it: take it out."
+        f"{name} holds {part}; everyone who gets the file could read it; remove it."
         for name, value in entries.items()
         for part in private_parts("" if name == "modelspec.thumbnail" else value)
     ]
     if problems:
-        raise ExportError("The file's metadata would give away something private.", problems)
+        raise ExportError("The file's metadata would reveal something private.", problems)
     return entries
 
 
@@ -202,13 +172,12 @@ def _stretch(header: bytes, tensors: Mapping[str, Tensor]) -> Iterator[memoryvie
             return
 
 
-def _created(job: Job) -> int | None:
+def _created() -> int | None:
+    """Seconds since 1970 from SOURCE_DATE_EPOCH; never the clock, so that an export can be repeated byte for byte."""
     epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
-    return int(epoch) if epoch.isdigit() else job.papers.created
+    return int(epoch) if epoch.isdigit() else None
 
 
-def _date(job: Job) -> str:
-    created = _created(job)
-    if created is None:
-        return ""
-    return datetime.fromtimestamp(created, tz=UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+def _date() -> str:
+    created = _created()
+    return "" if created is None else datetime.fromtimestamp(created, tz=UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -13,16 +13,19 @@ from huggingface_hub.utils._validators import validate_repo_id
 from PIL import ExifTags, Image
 
 from finetune.errors import ConfigError, UserError, first_few
-from finetune.export.job import ExportError
+from finetune.export.errors import ExportError
 from finetune.export.manifest import NAME as MANIFEST
 from finetune.export.manifest import check_manifest
-from finetune.export.metadata import private_parts
+from finetune.export.privacy import private_parts
 from finetune.header import read_header
+from finetune.tracking import file_size
 
 TEXTS = {".md", ".json", ".jsonl", ".txt", ".yaml"}
 CARD = "README.md"
 CLIENT_ERROR: Any = HfHubHTTPError.__bases__[0]
 """What everything is that the hub's HTTP client raises, whichever client the installed version has."""
+LARGEST_FILE = 50 * 10**9
+"""Bytes; the hub takes no larger file (huggingface.co/docs/hub/storage-limits)."""
 LARGEST_TEXT = 20 * 2**20
 """Text files up to this many bytes are looked through; a larger one is refused."""
 
@@ -44,9 +47,9 @@ class Sent:
     def rows(self) -> list[tuple[str, str]]:
         """For a table."""
         total = sum(size for _, size in self.files)
-        listed = [(name, f"{size / 2**20:.2f} MB") for name, size in self.files]
+        listed = [(name, file_size(size)) for name, size in self.files]
         notes = [("", note) for note in self.notes]
-        return [*listed, ("all", f"{total / 2**20:.2f} MB to {self.address}"), *notes]
+        return [*listed, ("all", f"{file_size(total)} to {self.address}"), *notes]
 
 
 def push_folder(folder: Path, repository: str, *, dry_run: bool = False, public: bool = False) -> Sent:
@@ -73,19 +76,19 @@ def push_folder(folder: Path, repository: str, *, dry_run: bool = False, public:
         commit = api.upload_folder(repo_id=repository, folder_path=str(folder), allow_patterns=files,
                                    commit_message="Upload adapter")  # fmt: skip
     except LocalTokenNotFoundError as error:
-        raise ConfigError("Nobody is logged in to the hub.", ["run `hf auth login`, or set HF_TOKEN."]) from error
+        raise ConfigError("You are not logged in to the hub.", ["run `hf auth login`, or set HF_TOKEN."]) from error
     except (CLIENT_ERROR, OfflineModeIsEnabled, OSError) as error:
         first = (str(error).splitlines() or [""])[0]
         told = [f"{type(error).__name__}: {first}"]
-        told += [] if isinstance(error, HfHubHTTPError) else ["the same command sends it where there is a network."]
-        raise ExportError(f"{repository} was not written.", told) from error
+        told += [] if isinstance(error, HfHubHTTPError) else ["run the same command again with a network connection."]
+        raise ExportError(f"{repository} could not be uploaded.", told) from error
     return replace(sent, address=str(commit.commit_url))
 
 
 def _edited(folder: Path) -> tuple[str, ...]:
     """What to say of a model card that somebody changed by hand."""
     edited = (folder / MANIFEST).is_file() and len(check_manifest(folder)) > len(check_manifest(folder, {CARD}))
-    return (f"{CARD} was edited after the build; it goes as it is, {MANIFEST} still tells of the first",) * edited
+    return (f"{CARD} was edited after the build; {MANIFEST} still lists the original",) * edited
 
 
 def _files(folder: Path, repository: str) -> list[str]:
@@ -94,24 +97,30 @@ def _files(folder: Path, repository: str) -> list[str]:
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
-        problems.append(f"{repository!r} is no repository: {str(error).splitlines()[0]}")
+        problems.append(f"{repository!r} is not a repository name: {str(error).splitlines()[0]}")
     if repository.count("/") != 1:
         problems.append(f"{repository!r} is not OWNER/NAME.")
     if not (folder / CARD).is_file():
-        problems.append(f"{folder} has no model card; `finetune build RUN -o DIST` writes one with the "
-                        "files, and trains nothing anew where the run is finished.")  # fmt: skip
+        problems.append(f"{folder} has no model card; `finetune build RUN -o DIST` creates one, "
+                        "without training again if the run is finished.")  # fmt: skip
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()) \
         if folder.is_dir() else []  # fmt: skip
     files = [name for name in files if not any(part.startswith(".") for part in Path(name).parts)]
     if not any(name.endswith(".safetensors") for name in files):
-        problems.append(f"{folder} holds no .safetensors file; name the folder that `finetune build` made.")
+        problems.append(f"{folder} holds no .safetensors file; give the folder that `finetune build` made.")
+    problems += [
+        f"{name} has {size / 10**9:.0f} GB, but the hub accepts at most {LARGEST_FILE / 10**9:.0f} GB per file; build "
+        "it again with --set export.dtype=fp16."
+        for name in files
+        if (size := (folder / name).stat().st_size) > LARGEST_FILE
+    ]
     if problems:
-        raise ConfigError("Nothing can be sent:", problems)
+        raise ConfigError("Nothing can be uploaded:", problems)
     changed = check_manifest(folder, {CARD}) if (folder / MANIFEST).is_file() else []
     if changed:
-        raise ConfigError(f"{folder} is no longer what was built; build it again.", first_few(changed))
+        raise ConfigError(f"{folder} has changed since it was built; build it again.", first_few(changed))
     if private := [f"{name} holds {part}." for name in files for part in _private(folder / name)]:
-        raise ExportError("These files would give away something private; nothing was sent.", first_few(private))
+        raise ExportError("These files would reveal something private; nothing was uploaded.", first_few(private))
     return files
 
 
@@ -120,11 +129,11 @@ def _private(path: Path) -> list[str]:
     if path.name in {"vocab.json", "tokenizer.json", "merges.txt"}:
         return []
     if path.suffix in TEXTS and path.stat().st_size > LARGEST_TEXT:
-        return ["too much text to look through"]
+        return ["too much text to check"]
     try:
         return list(dict.fromkeys(READ[path.suffix](path))) if path.suffix in READ else []
     except (OSError, UserError) as error:
-        return [f"what cannot be looked through ({str(error).splitlines()[0]})"]
+        return [f"content that cannot be checked ({str(error).splitlines()[0]})"]
 
 
 def _in_text(path: Path) -> list[str]:

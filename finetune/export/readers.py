@@ -26,7 +26,7 @@ from torch.nn import functional
 from finetune.export import kohya_reader, merged
 from finetune.export.changes import Deltas, deltas
 from finetune.export.job import Job
-from finetune.export.wide import NARROW
+from finetune.export.upcast import HALF
 from finetune.families import Choices, load_family
 from finetune.families.base import Components
 from finetune.families.text import canonical
@@ -58,7 +58,7 @@ class Reading:
 
 def read_diffusers(job: Job, path: Path) -> Reading:
     """`pipeline.load_lora_weights`, as every diffusers user calls it."""
-    components, give_back = _wide_copies(job)
+    components, give_back = _upcast_copies(job)
     pipeline = build_pipeline(job.family, components)
     pipeline.load_lora_weights(
         str(path.parent),
@@ -72,7 +72,7 @@ def read_diffusers(job: Job, path: Path) -> Reading:
 
 def read_peft(job: Job, path: Path) -> Reading:
     """`PeftModel.from_pretrained` on every network that has a folder."""
-    components, give_back = _wide_copies(job)
+    components, give_back = _upcast_copies(job)
     copied = replace(job, components=components)
     for component, network in copied.networks():
         if (path / component).is_dir():
@@ -165,12 +165,12 @@ def shared_copies(job: Job, instead: Mapping[int, Tensor] | None = None) -> Comp
     )
 
 
-def _wide_copies(job: Job) -> tuple[Components, Callable[[], None]]:
+def _upcast_copies(job: Job) -> tuple[Components, Callable[[], None]]:
     """Shared copies that say they are fp32, and what gives them the live weights when an adapter is loaded.
 
     PEFT rounds an adapter to the number format of the layers it meets; these stand-ins hold one number each.
     """
-    live = [weight for _, network in job.networks() for weight in network.parameters() if weight.dtype in NARROW]
+    live = [weight for _, network in job.networks() for weight in network.parameters() if weight.dtype in HALF]
     instead = {
         id(weight): nn.Parameter(torch.zeros((), device=weight.device).expand(weight.shape), requires_grad=False)
         for weight in live

@@ -12,19 +12,22 @@ from typing import Any
 
 import torch
 
+from data_tools.errors import counted
 from finetune.adapters.files import AdapterFile
 from finetune.config import Run
 from finetune.errors import CheckpointError
-from finetune.export import FORMATS, Exported, export
-from finetune.export.job import ExportError, Papers
-from finetune.export.shown import samples_of
+from finetune.export.errors import ExportError
+from finetune.export.exporting import FORMATS, Exported, export
+from finetune.export.gallery import samples_of
+from finetune.export.job import ModelInfo
 from finetune.export.sidecars import install, places, thumbnail, write_sidecars
 from finetune.families import load_model
 from finetune.families.places import names_folder
+from finetune.interchange.carrying import automatic
 from finetune.run_files import dump_run, finished_adapter
 from finetune.sampling.merging import merge_first
 from finetune.storage import read_json
-from finetune.tracking import Reporter
+from finetune.tracking import Reporter, file_size
 
 
 def export_run(
@@ -52,7 +55,8 @@ def export_run(
     path = source or finished_adapter(run_folder)
     file = AdapterFile.read(path)
     beside = ["embeddings"] if file.header.tokens else []
-    wanted = places(program, [*run.export.formats, *beside]) if program else {}
+    formats = run.export.formats or automatic(file.header.method, file.layers())
+    wanted = places(program, [*formats, *beside]) if program else {}
     name, target = run.export_name(), output or run_folder / "exports"
     if source:
         # keep: a file beside the finished one, or in a program's folder, must not take its place. So does sd-scripts.
@@ -69,20 +73,20 @@ def export_run(
             f"model.base={run.model.base} has {components.digest[:12]}. Name the base it was trained on."
         )
     side = run.data.resolution or family.native_resolution(components)
-    papers = replace(run_papers(run_folder, run, components.source, side), title=name)
+    info = replace(run_info(run_folder, run, components.source, side), title=name)
     with (reporter or Reporter()).progress("Exporting and reading back", 1) as advance:
         refused: ExportError | None = None
         try:
             done = export(
                 file, family, components, target,
-                name=name, formats=run.export.formats, dtype=run.export.dtype, papers=papers, force=force,
+                name=name, formats=run.export.formats, dtype=run.export.dtype, info=info, force=force,
                 lossy=lossy, keep_base=False,
             )  # fmt: skip
         except ExportError as error:
             refused, done = error, list(error.done)
         advance(1, "")
     if any(item.format == "kohya" for item in done):
-        write_sidecars(target, name, family, file.header.trigger_words, papers, _face(run_folder))
+        write_sidecars(target, name, family, file.header.trigger_words, info, _face(run_folder))
     installed = [_installed(item, wanted) for item in done]
     if refused:
         raise _with_command(refused, run_folder, run.export.dtype)
@@ -90,12 +94,12 @@ def export_run(
 
 
 def _with_command(refused: ExportError, run_folder: Path, dtype: str) -> ExportError:
-    """The same with the command that writes what is missing."""
+    """The same with the command that exports the missing formats."""
     whole = [name for name in refused.formats if FORMATS[name].whole]
     if not whole or dtype == "fp32":
         return refused
     asked = " ".join(f"-f {name}" for name in whole)
-    command = f"`finetune export {shlex.quote(str(run_folder))} {asked} --dtype fp32` writes what is missing."
+    command = f"`finetune export {shlex.quote(str(run_folder))} {asked} --dtype fp32` exports the missing formats."
     return ExportError(refused.headline, [*refused.problems, command], refused.formats, refused.done)
 
 
@@ -106,7 +110,7 @@ def _installed(item: Exported, wanted: Mapping[str, Path]) -> Exported:
     return replace(item, notes=(*item.notes, *(f"installed as {path}" for path in copies)))
 
 
-def run_papers(run_folder: Path, run: Run, base: str, resolution: int) -> Papers:
+def run_info(run_folder: Path, run: Run, base: str, resolution: int) -> ModelInfo:
     """What the exported files say about the run.
 
     Args:
@@ -115,7 +119,7 @@ def run_papers(run_folder: Path, run: Run, base: str, resolution: int) -> Papers
     """
     pictures = _dataset(run_folder)
     face = _face(run_folder)
-    return Papers(
+    return ModelInfo(
         title=run.export_name(),
         description=run.export.description,
         author=run.export.author,
@@ -162,21 +166,25 @@ def _dataset(run_folder: Path) -> dict[str, Any]:
     return {name: facts for name, facts in known.items() if name.startswith("instance/")}
 
 
+def _within(difference: float) -> str:
+    return f"within {difference:.0e}" if difference else "identical"
+
+
 def exported_rows(exported: Sequence[Exported]) -> list[tuple[str, str]]:
     """One line per export: where it is, its size, and what its readers found.
 
     For adapter files that is how far the worst reader's change of a layer is from the trained one; for a merged model
     the share of the adapter that its number format rounds away. Both with the largest difference of an output.
     """
-    rows = [("step", str(item.step)) for item in exported[:1]]
+    rows = [("Trained for", counted(item.step, "step")) for item in exported[:1]]
     for item in exported:
-        size = f"{item.path}  {item.bytes / 2**20:.2f} MB"
+        size = f"{item.path}  {file_size(item.bytes)}"
         readers = ", ".join(check.reader for check in item.verification)
         worst = item.rounding.total if item.rounding else max(check.weights_relative for check in item.verification)
         outputs = max(check.outputs_relative for check in item.verification)
-        found = f"adapter within {worst:.1e}, outputs within {outputs:.1e}"
+        found = f"adapter {_within(worst)}, outputs {_within(outputs)}"
         if item.format == "embeddings":
-            found = f"vectors within {max(check.weights_max_abs for check in item.verification):.1e}"
+            found = f"vectors {_within(max(check.weights_max_abs for check in item.verification))}"
         if item.lost:
             found += f", {item.lost:.1%} of the change given up"
         rows.append((item.format, f"{size}; {found}, read back by {readers}"))

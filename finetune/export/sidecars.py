@@ -12,8 +12,9 @@ from PIL import Image
 
 from finetune import storage
 from finetune.errors import ConfigError, nearest
-from finetune.export.job import ExportError, Papers
-from finetune.export.metadata import private_parts
+from finetune.export.errors import ExportError
+from finetune.export.job import ModelInfo
+from finetune.export.privacy import private_parts
 from finetune.families.base import ModelFamily
 
 SIDE = 256
@@ -38,7 +39,7 @@ def thumbnail(picture: Path) -> str:
 
 
 def write_sidecars(
-    folder: Path, name: str, family: ModelFamily, triggers: Sequence[str], papers: Papers, face: Path | None
+    folder: Path, name: str, family: ModelFamily, triggers: Sequence[str], info: ModelInfo, face: Path | None
 ) -> list[Path]:
     """`NAME.json` and `NAME.png` beside `NAME.safetensors`, where A1111, Forge and InvokeAI look for them.
 
@@ -47,15 +48,15 @@ def write_sidecars(
     start = family.kohya_base_version
     version = next((shown for known, shown in GENERATIONS.items() if start.startswith(known)), "Unknown")
     document = {
-        "description": papers.description,
+        "description": info.description,
         "sd version": version,
         "activation text": ", ".join(triggers),
         "preferred weight": 1.0,
-        "notes": f"Licence: {papers.license}" if papers.license else "",
+        "notes": f"Licence: {info.license}" if info.license else "",
     }
     private = [part for text in document.values() for part in private_parts(str(text))]
     if problems := [f"{name}.json would hold {part}." for part in private]:
-        raise ExportError("A file beside the adapter would give away something private.", problems)
+        raise ExportError("A file beside the adapter would reveal something private.", problems)
     storage.write_json(folder / f"{name}.json", document)
     if face is None:
         return [folder / f"{name}.json"]

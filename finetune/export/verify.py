@@ -9,28 +9,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from torch import Tensor
 
 from data_tools.errors import counted
+from finetune.dtypes import ROUNDING
 from finetune.errors import first_few
 from finetune.export.changes import Deltas, deltas
-from finetune.export.job import ExportError, Job, Outcome
+from finetune.export.errors import ExportError
+from finetune.export.job import Job, Outcome
 from finetune.export.readers import READERS, Reading
 from finetune.export.streaming import differing
-from finetune.export.wide import computing_wide
+from finetune.export.upcast import computing_in_fp32
 from finetune.families.base import Components, ModelFamily, SizeConditioning
 from finetune.rng import rng
 from finetune.sampling.apply import adapter_applied, evaluating
 
-WEIGHTS_LIMIT = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-"""Written number format -> largest allowed |change read - change trained| / |change trained| of a module.
-
-Norms are Frobenius; a module that changes less than NEGLIGIBLE of what the most changed one does counts as that, for
-half precision has no finer numbers. Two factors rounded to nearest lose at most about 2**-11 each in fp16
-and 2**-8 each in bf16; the limits are twice that.
-"""
 NEGLIGIBLE = 1e-4
+"""A module that changes less than this share of what the most changed one does counts as that: half precision has no
+finer numbers."""
 COMPUTE_LIMIT = 1e-5
 """How far two orders of a sum may differ in fp32, over the largest output."""
 AMPLIFICATION = 5.0
@@ -138,7 +136,7 @@ def verify(job: Job, path: Path, reader: str, truth: Reference, outcome: Outcome
     )
     limit = COMPUTE_LIMIT
     if job.dtype != torch.float32:
-        limit += AMPLIFICATION * WEIGHTS_LIMIT[job.dtype] * effect
+        limit += AMPLIFICATION * ROUNDING[job.dtype] * effect
     result = Verification(reader, reading.modules, *weights, max_abs, relative, effect, limit)
     # What a half-precision merge loses is limited in `merged`; its file was compared bit by bit.
     rounded = reading.deltas is None and job.dtype != torch.float32
@@ -152,6 +150,9 @@ def verify(job: Job, path: Path, reader: str, truth: Reference, outcome: Outcome
 
 
 def _read(job: Job, path: Path, reader: str) -> Reading:
+    verbosity = diffusers.logging.get_verbosity()
+    # keep: diffusers warns of every network that the adapter leaves alone; what is missing is found below.
+    diffusers.logging.set_verbosity_error()
     try:
         return READERS[reader](job, path)
     except ExportError:
@@ -159,9 +160,11 @@ def _read(job: Job, path: Path, reader: str) -> Reading:
     except Exception as error:  # whatever a foreign reader raises, the file is of no use to its users
         first_line = (str(error).splitlines() or [""])[0]
         raise ExportError(
-            f"{path.name} was not kept: its {reader} reader refuses it.",
+            f"{path.name} was not kept: the {reader} reader refuses it.",
             [f"{type(error).__name__}: {first_line}", *_advice(job)],
         ) from error
+    finally:
+        diffusers.logging.set_verbosity(verbosity)
 
 
 @torch.no_grad()
@@ -186,7 +189,7 @@ def outputs(
         stack.enter_context(evaluating(components))
         stack.enter_context(torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False))
         for network in (components.denoiser, *components.text_encoders.values()):
-            stack.enter_context(computing_wide(network))
+            stack.enter_context(computing_in_fp32(network))
         conditioning = family.encode_prompts(components.text_encoders, tokens)
         timesteps = torch.tensor([100, 700], device=device)
         prediction = family.predict(components.denoiser, noisy, timesteps, conditioning, sizes)
@@ -199,7 +202,7 @@ def _compare_weights(
     """(largest absolute, largest relative difference, worst module)."""
     read = reading.deltas or {}
     # A reader may hold the adapter in the base's own, narrower number format.
-    limit = max(WEIGHTS_LIMIT[job.dtype], WEIGHTS_LIMIT[reading.dtype])
+    limit = max(ROUNDING[job.dtype], ROUNDING[reading.dtype])
     problems = [f"{'.'.join(key)} is not loaded." for key in sorted(set(wanted) - set(read))]
     problems += [
         f"{'.'.join(key)} is changed, though the adapter leaves it alone." for key in set(read) - set(wanted)

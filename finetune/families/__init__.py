@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from finetune.families.base import Components, Conditioning, Latents, ModelFamily, Reading, SizeConditioning
     from finetune.families.choices import Choices
     from finetune.families.detect import Detection, detect_family
-    from finetune.families.registry import FAMILIES, denoiser_config, load_family, load_model
+    from finetune.families.registry import FAMILIES, denoiser_config, load_family, load_model, network_configs, outline
 
 _ON_DEMAND = {
     "FAMILIES": "finetune.families.registry",
@@ -28,6 +28,8 @@ _ON_DEMAND = {
     "detect_family": "finetune.families.detect",
     "load_family": "finetune.families.registry",
     "load_model": "finetune.families.registry",
+    "network_configs": "finetune.families.registry",
+    "outline": "finetune.families.registry",
 }
 """Public name -> the module that defines it."""
 
@@ -45,6 +47,8 @@ __all__ = [
     "detect_family",
     "load_family",
     "load_model",
+    "network_configs",
+    "outline",
 ]
 
 

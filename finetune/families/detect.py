@@ -19,6 +19,8 @@ FOREIGN = {
     "single_stream_modulation.lin.weight": "Flux.2",
     "control_model.time_embed.0.weight": "a ControlNet",
     "input_hint_block.0.weight": "a ControlNet",
+    "controlnet_cond_embedding.conv_in.weight": "a ControlNet",
+    "controlnet_x_embedder.weight": "a ControlNet",
     "edm_mean": "Playground 2.5, which is noised as EDM",
     "edm_vpred.sigma_max": "an EDM-style model such as CosXL",
     "patchify_proj.weight": "LTX-Video",
@@ -71,7 +73,7 @@ def detect(header: Header) -> Detection:
         found = looks(header, denoiser)
         if found is not None:
             return found
-    raise ConfigError(f"{header.path.name} is no base model that is known here: {_otherwise(header)}.")
+    raise ConfigError(f"{header.path.name} is no base model that is known here: {otherwise(header)}.")
 
 
 def _flux(header: Header, denoiser: set[str]) -> Detection | None:
@@ -180,7 +182,7 @@ def _prediction(header: Header) -> tuple[str | None, bool | None, list[str]]:
     return next(iter(said.values()), None), terminal, reasons
 
 
-def _otherwise(header: Header) -> str:
+def otherwise(header: Header) -> str:
     """What a file that is no base model looks like, and what to do with it."""
     return next(_guesses(header.tensors.keys()), "its names follow no layout known here; name a whole checkpoint")
 

@@ -12,6 +12,7 @@ import diffusers
 import torch
 from safetensors import SafetensorError
 
+from data_tools.hub import only_fetched
 from finetune.errors import ConfigError, UnsafeError
 from finetune.families.base import ModelFamily
 from finetune.families.choices import Choices
@@ -21,7 +22,7 @@ from finetune.families.places import check_place, names_folder
 from finetune.families.said import Said, settled
 from finetune.families.skeleton import of_folder
 from finetune.header import read_header
-from finetune.storage import sha256_file
+from finetune.storage import sha256_weights
 
 FLOATS = {"F64": torch.float32, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Number format of a file -> what its numbers are held in where nothing else is asked for."""
@@ -31,9 +32,11 @@ REASONS = {
     "RepositoryNotFoundError": "there is no such repository, or it is private: check the spelling, or `hf auth login`",
 }
 """What the hub's client raises -> what it means, the most special first."""
-UNREACHED = (
-    "the hub cannot be reached, and it was not fetched before; fetch it where there is a network (`hf download ...`) "
-    "and name the folder, or check the spelling if it should be a folder here"
+UNREACHED = "the hub cannot be reached"
+UNFETCHED = (
+    "there is no network (or HF_HUB_OFFLINE is set), and it was not fetched before. Where there is one, "
+    "`hf download {base} --local-dir FOLDER` fetches it; then name that folder, or any single .safetensors of the "
+    "model. Check the spelling if it should be a folder here"
 )
 
 
@@ -47,11 +50,15 @@ def local_folder(base: str, revision: str | None, variant: str | None) -> Path:
     check_place(base)
     if (here := names_folder(base)) is not None:
         return here
+    offline = only_fetched(base)
     try:
-        fetched = diffusers.DiffusionPipeline.download(base, revision=revision, variant=variant, use_safetensors=True)
+        fetched = diffusers.DiffusionPipeline.download(
+            base, revision=revision, variant=variant, use_safetensors=True, local_files_only=offline
+        )
     except Exception as error:  # the hub client raises many kinds; each becomes one message with the cause
         raise ConfigError(
-            f"model.base={base} is neither a folder or file here nor a hub id that can be fetched:", [_unfetched(error)]
+            f"model.base={base} is neither a folder or file here nor a hub id that can be fetched:",
+            [UNFETCHED.format(base=base) if offline else _unfetched(error)],
         ) from error
     return Path(str(fetched))
 
@@ -193,7 +200,7 @@ def _digests(family: ModelFamily, folder: Path, variant: str | None, names: Iter
         if name in family.text_encoders:
             tokenizer = folder / name.replace("text_encoder", "tokenizer")
             files += [file for file in sorted(tokenizer.glob("*")) if file.suffix in {".json", ".txt"}]
-        found[name] = hashlib.sha256("".join(sha256_file(file) for file in files).encode()).hexdigest()
+        found[name] = hashlib.sha256("".join(sha256_weights(file) for file in files).encode()).hexdigest()
     return found
 
 

@@ -1,4 +1,4 @@
-"""Frozen layers that hold their weights otherwise than they compute: in fp8, or in the machine's main memory.
+"""Frozen layers that hold their weights otherwise than they compute: in one byte, or in the machine's main memory.
 
 The weight is brought to where and what the layer computes in for each forward pass, and again for each backward pass;
 nothing but the held weight is kept. diffusers exchanges the parameter's content around each forward pass (layerwise
@@ -23,33 +23,39 @@ class _Linear(torch.autograd.Function):
     """x W^T + b for a frozen W; only x gets a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight)
-        return functional.linear(x, _brought(weight, x), None if bias is None else bias.to(x.dtype))
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        return functional.linear(x, _brought(weight, scale, x), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        (weight,) = ctx.saved_tensors
-        return grads[0] @ _brought(weight, grads[0]), None, None
+        weight, scale = ctx.saved_tensors
+        return grads[0] @ _brought(weight, scale, grads[0]), None, None, None
 
 
 class _Convolution(torch.autograd.Function):
     """The same for a two-dimensional convolution of one group."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, settings: dict[str, Any]) -> Tensor:
-        ctx.save_for_backward(weight)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, settings: dict[str, Any]
+    ) -> Tensor:
+        ctx.save_for_backward(weight, scale)
         ctx.shape, ctx.settings = x.shape, settings
-        return functional.conv2d(x, _brought(weight, x), None if bias is None else bias.to(x.dtype), **settings)
+        return functional.conv2d(x, _brought(weight, scale, x), None if bias is None else bias.to(x.dtype), **settings)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        (weight,) = ctx.saved_tensors
-        back = torch.nn.grad.conv2d_input(ctx.shape, _brought(weight, grads[0]), grads[0], **ctx.settings)
-        return back, None, None, None
+        weight, scale = ctx.saved_tensors
+        back = torch.nn.grad.conv2d_input(ctx.shape, _brought(weight, scale, grads[0]), grads[0], **ctx.settings)
+        return back, None, None, None, None
 
 
-def _brought(weight: Tensor, like: Tensor) -> Tensor:
+def _brought(weight: Tensor, scale: Tensor | None, like: Tensor) -> Tensor:
+    """The weight where and in what `like` is."""
+    if scale is not None:
+        # keep: the product in fp32; a scale rounded to 16 bits would be off for a whole row at once.
+        return (weight * scale).to(like.dtype)
     return weight.to(like.device, like.dtype, non_blocking=True)
 
 
@@ -57,16 +63,19 @@ class FrozenLinear(nn.Linear):
     """A linear layer that computes in another number format than it holds its weight in."""
 
     compute_dtype: torch.dtype
+    scale: Tensor | None
+    """What each row of a weight in whole numbers is multiplied by; None: it is held as the numbers it means."""
 
     def forward(self, x: Tensor) -> Tensor:
         """See `nn.Linear`; the result is in `compute_dtype`."""
-        return cast(Tensor, _Linear.apply(x.to(self.compute_dtype), self.weight, self.bias))
+        return cast(Tensor, _Linear.apply(x.to(self.compute_dtype), self.weight, self.scale, self.bias))
 
 
 class FrozenConv2d(nn.Conv2d):
     """The same for a convolution."""
 
     compute_dtype: torch.dtype
+    scale: Tensor | None
 
     def __new__(cls, *arguments: Any, **named: Any) -> Any:
         """A plain convolution where one is made anew: PEFT makes its own of the type that it finds."""
@@ -76,7 +85,8 @@ class FrozenConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """See `nn.Conv2d`; the result is in `compute_dtype`."""
         settings = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
-        return cast(Tensor, _Convolution.apply(x.to(self.compute_dtype), self.weight, self.bias, settings))
+        found = _Convolution.apply(x.to(self.compute_dtype), self.weight, self.scale, self.bias, settings)
+        return cast(Tensor, found)
 
 
 @dataclass(frozen=True)
@@ -130,8 +140,20 @@ def held_in_fp8(layer: nn.Module, dtype: torch.dtype) -> None:
     # keep: numbers beyond the format's largest would become infinite or nan.
     limit = torch.finfo(FP8).max
     held.weight.data = held.weight.data.clamp(-limit, limit).to(FP8)
-    held.__class__ = FROZEN[type(layer)]
-    held.compute_dtype = dtype
+    _becomes(layer, FROZEN, dtype)
+
+
+def held_in_int8(layer: nn.Module, dtype: torch.dtype) -> None:
+    """The same with its weight as whole numbers from -127 to 127, and for each output what one of them means.
+
+    Source: the vector-wise quantization of Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339, of weights alone.
+    """
+    held: Any = layer
+    weight = held.weight.detach().float()
+    largest = weight.flatten(1).abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny)
+    scale = (largest / 127).view(-1, *[1] * (weight.ndim - 1))
+    held.weight = nn.Parameter((weight / scale).round().to(torch.int8), requires_grad=False)
+    _becomes(layer, FROZEN, dtype, scale)
 
 
 def held_on_host(layer: nn.Module, dtype: torch.dtype) -> None:
@@ -140,8 +162,16 @@ def held_on_host(layer: nn.Module, dtype: torch.dtype) -> None:
     weight = held._parameters.pop("weight").detach().to("cpu", dtype)
     # keep: from page-locked memory a GPU fetches at twice the speed.
     held.resident = Resident(weight.pin_memory() if torch.cuda.is_available() else weight)
-    held.__class__ = HOST[type(layer)]
+    _becomes(layer, HOST, dtype)
+
+
+def _becomes(
+    layer: nn.Module, twins: dict[type[nn.Module], type[nn.Module]], dtype: torch.dtype, scale: Tensor | None = None
+) -> None:
+    held: Any = layer
+    held.__class__ = twins[type(layer)]
     held.compute_dtype = dtype
+    held.register_buffer("scale", scale)
 
 
 def host_bytes(network: nn.Module) -> int:

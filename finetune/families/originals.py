@@ -22,7 +22,7 @@ from finetune.families.said import Said, settled
 from finetune.families.single_file import SHOWN, Filler, part_digest
 from finetune.families.skeleton import Skeleton
 from finetune.header import Header, read_header
-from finetune.storage import sha256_file
+from finetune.storage import sha256_weights
 
 
 def load(families: Mapping[str, ModelFamily], path: Path, dtype: torch.dtype | None, choices: Choices) -> Loaded:
@@ -58,7 +58,7 @@ def load(families: Mapping[str, ModelFamily], path: Path, dtype: torch.dtype | N
         raise ConfigError(
             f"{path.name} was taken for {found.family} ({'; '.join(found.reasons)}), but does not fit it. If it is a "
             "pruned or widened variant, set model.skeleton to a diffusers folder with its configurations (in a "
-            "recipe; to draw, name a whole diffusers folder as the base):",
+            "recipe, or by --set model.skeleton=FOLDER):",
             filler.problems[: 2 * SHOWN],
         )
     tokenizers = {
@@ -66,7 +66,7 @@ def load(families: Mapping[str, ModelFamily], path: Path, dtype: torch.dtype | N
     }
     # keep: all that can be wrong is known by now, and reading takes minutes.
     filler.fill()
-    own = sha256_file(path)
+    own = sha256_weights(path)
     configs = {name: shape.networks[name] for name in networks} | replaced_configs(others)
     return Loaded(
         family=family,

@@ -14,12 +14,14 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 
+from data_tools.hub import only_fetched
 from finetune.errors import ConfigError, UnsafeError
 from finetune.families.base import ModelFamily, Reading
 from finetune.families.choices import NONE, Choices
+from finetune.families.places import FILE, HUB_ID
 from finetune.families.single_file import DIFFUSERS_OWN, part_digest, part_from_file
 from finetune.header import read_header
-from finetune.storage import sha256_file
+from finetune.storage import sha256_weights
 
 PICKLED = {".ckpt", ".pt", ".pth", ".bin"}
 """Endings of files that can run code when opened."""
@@ -119,20 +121,27 @@ def _replacement(
     if path.is_file():
         layouts = [family.original[name], DIFFUSERS_OWN]
         network = part_from_file(read_header(path), name, configs[name], layouts, dtype)
-        return Replacement(network, configs[name], part_digest(sha256_file(path), name, configs[name]))
+        return Replacement(network, configs[name], part_digest(sha256_weights(path), name, configs[name]))
+    key = "model.vae" if name == "vae" else f"model.text_encoders.{name}"
+    if not path.exists() and (path.suffix == FILE or not HUB_ID.fullmatch(where)):
+        raise ConfigError(
+            f"{key}={where} is neither a folder nor a file here, nor a hub id, which has the form owner/name; check "
+            "the spelling."
+        )
     folder = path / name if (path / name / "config.json").is_file() else path
     kind = _kind(configs[name])
     try:
-        network = kind.from_pretrained(str(folder) if path.is_dir() else where, use_safetensors=True, dtype=dtype)
+        place = str(folder) if path.is_dir() else where
+        network = kind.from_pretrained(place, use_safetensors=True, dtype=dtype, local_files_only=only_fetched(place))
     except (OSError, ValueError, SafetensorError) as error:
-        key = "model.vae" if name == "vae" else f"model.text_encoders.{name}"
         raise ConfigError(
-            f"{key}={where} cannot be loaded: {str(error).strip().splitlines()[0]}; name a folder, a .safetensors file "
-            "or a hub id of that part alone."
+            f"{key}={where} cannot be loaded: {str(error).strip().splitlines()[0].rstrip('.')}; name a folder, a "
+            ".safetensors file or a hub id of that part alone; without a network only what `hf download` has fetched "
+            "before."
         ) from None
     config = json.loads(json.dumps(dict(network.config) if name == "vae" else network.config.to_dict(), default=str))
     files = sorted(folder.glob("*.safetensors")) if path.is_dir() else []
-    digest = part_digest("".join(map(sha256_file, files)) or where, name, config)
+    digest = part_digest("".join(map(sha256_weights, files)) or where, name, config)
     return Replacement(network, config, digest)
 
 

@@ -50,23 +50,50 @@ def load_family(
     return loading.load(FAMILIES, base, dtype, revision, variant, choices or Choices())
 
 
-def denoiser_config(model: ModelConfig) -> Mapping[str, Any] | None:
-    """What the base's denoiser is configured as, read without a weight; None for a hub id, which is fetched first.
+def outline(model: ModelConfig) -> tuple[ModelFamily, Components] | None:
+    """The base without a weight: its denoiser and autoencoder on the meta device, no text encoders. None for a hub id.
 
     Raises:
         ConfigError: if the base is of no family here.
     """
+    found = _configs(model)
+    if found is None:
+        return None
+    family, configs = found
+    denoiser, vae = (skeleton.empty_network(configs[name]) for name in ("denoiser", "vae"))
+    return family, Components(denoiser, vae, {}, {}, {}, source=Path(model.base).name, digest="")
+
+
+def network_configs(model: ModelConfig) -> Mapping[str, Mapping[str, Any]] | None:
+    """What the base's networks are configured as, the denoiser under that name and all others under their pipeline's;
+    no weight is read. None for a hub id, which is fetched first.
+
+    Raises:
+        ConfigError: if the base is of no family here.
+    """
+    found = _configs(model)
+    return None if found is None else found[1]
+
+
+def _configs(model: ModelConfig) -> tuple[ModelFamily, dict[str, dict[str, Any]]] | None:
     path = Path(model.base).expanduser()
     if path.is_file() and path.suffix == loading.FILE:
         found = detect_family(path)
         family = FAMILIES[found.family]
         own = model.skeleton or originals.of_embedded(read_header(path))
         shape = skeleton.of_folder(own) if own else originals.shipped(family, found, Choices())
-        return shape.networks[family.denoiser]
-    folder = places.names_folder(model.base)
-    if folder is None:
-        return None
-    return skeleton.of_folder(folder).networks[folders.detect(FAMILIES, folder, model.base).denoiser]
+    else:
+        folder = places.names_folder(model.base)
+        if folder is None:
+            return None
+        family, shape = folders.detect(FAMILIES, folder, model.base), skeleton.of_folder(folder)
+    return family, {"denoiser" if name == family.denoiser else name: config for name, config in shape.networks.items()}
+
+
+def denoiser_config(model: ModelConfig) -> Mapping[str, Any] | None:
+    """What the base's denoiser is configured as; see `network_configs`."""
+    configs = network_configs(model)
+    return None if configs is None else configs["denoiser"]
 
 
 def load_model(

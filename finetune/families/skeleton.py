@@ -100,7 +100,7 @@ def tokenizer(what: dict[str, Any] | Path, component: str) -> Any:
             f"the tokenizer of {component} (T5) does not come with this package and not with a single file;",
             [
                 "set model.skeleton to a diffusers folder of the same model: its model_index.json, config files and "
-                "tokenizer folders are enough, the weights are taken from the file"
+                "tokenizer folders are enough, the weights are taken from the file (--set model.skeleton=FOLDER)"
             ],
         )
     vocabulary, merges = _clip_vocabulary()

@@ -240,7 +240,7 @@ class Adapter:
         return sorted({component for component, _ in self.updates})
 
     def with_updates(self, updates: dict[Place, Update]) -> Adapter:
-        """The same papers for other updates."""
+        """The same adapter with other updates."""
         return replace(self, updates=updates)
 
 

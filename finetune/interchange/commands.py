@@ -1,4 +1,4 @@
-"""The tools as functions of paths: read, do, write, prove. What `finetune merge`, `resize` and `extract` call."""
+"""The tools as functions of paths: read, do, write, verify; `finetune convert`, `merge`, `resize` and `extract`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune.dtypes import DTYPES
 from finetune.errors import check_choice
 from finetune.interchange.adapter import Adapter
-from finetune.interchange.asked import LARGEST_RANK, check_merge, check_rank, check_target
-from finetune.interchange.conversion import DTYPES, Conversion, check_spelling, write
+from finetune.interchange.choices import LARGEST_RANK, NUMBER_FORMATS, check_merge, check_output, check_rank
+from finetune.interchange.conversion import DEFAULT_RANK, Conversion, check_spelling, write
 from finetune.interchange.into_base import IntoBase, merge_into
 from finetune.interchange.lowrank import RankRule, energy, fixed, frobenius, ratio
 from finetune.interchange.merging import MERGES, Merged, Settings, Weighted, merge
@@ -21,6 +22,31 @@ from finetune.weighted import parse_weighted
 
 RULES = {"energy": energy, "frobenius": frobenius, "ratio": ratio}
 """Name -> rule that finds a rank per layer."""
+
+
+def convert_adapter(
+    source: Path,
+    target: Path,
+    *,
+    to: str,
+    dtype: str = "",
+    base: Path | None = None,
+    allow_lossy: bool = False,
+    rank: int = DEFAULT_RANK,
+    reporter: Reporter | None = None,
+) -> Conversion:
+    """An adapter of any make in another layout; see `conversion.write`.
+
+    Args:
+        source: a .safetensors file, a PEFT folder or a run's folder.
+
+    Raises:
+        ConfigError: for an unknown layout or number format, or a source that is no adapter.
+        InterchangeError: if the layout cannot say what the adapter does; all reasons.
+    """
+    check_output(target, to, dtype, [source])
+    adapter = read_adapter(source, base, whole=False)
+    return write(adapter, target, to=to, dtype=dtype, base=base, allow_lossy=allow_lossy, rank=rank, reporter=reporter)
 
 
 def merge_adapters(
@@ -44,7 +70,7 @@ def merge_adapters(
     """
     how, chosen = _settings(settings)
     named = [parse_weighted(text) for text in adapters]
-    check_target(output, to, [path for path, _ in named])
+    check_output(output, to, dtype, [path for path, _ in named])
     weighted = [Weighted(path, weight, _read(path, base, to)) for path, weight in named]
     merged = merge(weighted, how, chosen, reporter or Reporter())
     merged.adapter.left_out = list(dict.fromkeys(word for one in weighted for word in one.adapter.left_out))
@@ -77,7 +103,7 @@ def merge_into_base(
     """
     how, chosen = _settings(settings)
     if dtype:
-        check_choice(dtype, DTYPES, "number format (--dtype)")
+        check_choice(dtype, NUMBER_FORMATS, "number format (--dtype)")
     table = into if into.is_dir() else base
     weighted = [Weighted(path, weight, read_adapter(path, table)) for path, weight in map(parse_weighted, adapters)]
     names = None if into.is_dir() else table_of(base)
@@ -105,7 +131,7 @@ def resize_adapter(
         shares: name in RULES -> its number, or None; at most one number.
     """
     rule, largest = rank_rule(rank, shares or {})
-    check_target(target, to, [source])
+    check_output(target, to, dtype, [source])
     resized = resize(_read(source, base, to), rule, largest, reporter or Reporter())
     return resized, write(resized.adapter, target, to=to, dtype=dtype, base=base)
 
@@ -130,6 +156,7 @@ def extract_adapter(  # noqa: PLR0913 - what the user chooses, one keyword each
         base: pipeline folder that names the layers, for two single files of no published size.
     """
     rule, largest = rank_rule(rank, shares or {})
+    check_output(target, to, dtype, [tuned, original])
     wanted = Extraction(rule, largest, components, convolutions)
     extracted = extract(tuned, original, wanted, reporter or Reporter(), table_of(base))
     table = next((path for path in (original, tuned, base) if path and path.is_dir()), None)

@@ -53,7 +53,7 @@ def diff_adapters(first: Path, second: Path, base: Path | None = None) -> Differ
     one, two = read_adapter(first, base, whole=False), read_adapter(second, base, whole=False)
     if one.architecture.name != two.architecture.name:
         raise ConfigError(
-            "Adapters for several kinds of base cannot be compared.",
+            "Adapters for different base models cannot be compared.",
             [f"{first} is for {one.architecture.title}, {second} for {two.architecture.title}."],
         )
     _refuse(one, two)
@@ -102,5 +102,5 @@ def _refuse(*adapters: Adapter) -> None:
     ]
     if problems:
         raise InterchangeError(
-            "What these updates change depends on the base, so the files alone cannot be compared.", shortened(problems)
+            "These updates depend on the base's weights, so the files alone cannot be compared.", shortened(problems)
         )

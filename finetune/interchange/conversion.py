@@ -12,23 +12,20 @@ import torch
 
 from data_tools.errors import counted
 from finetune import storage
-from finetune.errors import ConfigError, check_choice
+from finetune.dtypes import DTYPES, ROUNDING
+from finetune.errors import ConfigError
 from finetune.interchange.adapter import Adapter, InterchangeError, Place, Update
-from finetune.interchange.asked import check_target
-from finetune.interchange.losses import LOSSES, Loss, Meter, everything, need_base, noted, reading_losses
+from finetune.interchange.embeddings import words_folder
+from finetune.interchange.lossy import LOSSES, Loss, Meter, everything, need_base, noted, reading_losses
 from finetune.interchange.lowrank import distance, of_dense
 from finetune.interchange.names import Architecture, table_of
-from finetune.interchange.reading import adapter_from, read_adapter
+from finetune.interchange.output import Output, add_words
+from finetune.interchange.reading import adapter_from
 from finetune.interchange.sources import open_sources
 from finetune.interchange.weights import Weights, open_weights
-from finetune.interchange.words import words_folder
 from finetune.interchange.writing import WRITERS
-from finetune.interchange.written import Written, add_words
 from finetune.tracking import Reporter
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-"""Number format -> largest relative difference of a layer's change that rounding explains."""
 DEFAULT_RANK = 64
 """Rank of a LoRA that stands in for another method, unless one is named."""
 
@@ -65,41 +62,6 @@ class Conversion:
         ]
 
 
-def convert_adapter(
-    source: Path,
-    target: Path,
-    *,
-    to: str,
-    dtype: str = "",
-    base: Path | None = None,
-    allow_lossy: bool = False,
-    rank: int = DEFAULT_RANK,
-    reporter: Reporter | None = None,
-) -> Conversion:
-    """Write an adapter of any make in another layout.
-
-    Args:
-        source: a .safetensors file, a PEFT folder or a run's folder.
-        target: the new file; a folder for "peft". Replaced if it exists.
-        to: name in WRITERS.
-        dtype: "fp32", "fp16" or "bf16"; empty means the widest that the source holds.
-        base: the base; a pipeline folder is needed for bases of no published size, and a folder or a single file to
-            measure what is lost of methods whose change depends on the weights.
-        allow_lossy: write even what the layout cannot say exactly; the loss is measured, told, and written into the
-            file under `losses.LOSSES`.
-        rank: of the LoRA that then stands in for another method.
-
-    Raises:
-        ConfigError: for an unknown layout or number format, or a source that is no adapter.
-        InterchangeError: if the layout cannot say what the adapter does; all reasons.
-        StorageError: if the disk refuses.
-    """
-    check_choice(to, WRITERS, "layout (--to)")
-    check_target(target, to, [source])
-    adapter = read_adapter(source, base, whole=False)
-    return write(adapter, target, to=to, dtype=dtype, base=base, allow_lossy=allow_lossy, rank=rank, reporter=reporter)
-
-
 def write(
     adapter: Adapter,
     target: Path,
@@ -111,11 +73,22 @@ def write(
     rank: int = DEFAULT_RANK,
     reporter: Reporter | None = None,
 ) -> Conversion:
-    """Write an adapter in a layout and prove it by reading it back; see `convert_adapter`."""
-    check_choice(to, WRITERS, "layout (--to)")
-    if dtype:
-        check_choice(dtype, DTYPES, "number format (--dtype)")
-    check_target(target, to, ())
+    """Write an adapter in a layout and prove it by reading it back.
+
+    Args:
+        target: the new file; a folder for "peft". Replaced if it exists.
+        to: name in WRITERS.
+        dtype: "fp32", "fp16" or "bf16"; empty means the widest that the source holds.
+        base: the base; a pipeline folder is needed for bases of no published size, and a folder or a single file to
+            measure what is lost of methods whose change depends on the weights.
+        allow_lossy: write even what the layout cannot say exactly; the loss is measured, told, and written into the
+            file under `lossy.LOSSES`.
+        rank: of the LoRA that then stands in for another method.
+
+    Raises:
+        InterchangeError: if the layout cannot say what the adapter does; all reasons.
+        StorageError: if the disk refuses.
+    """
     check_spelling(adapter, to)
     number_format = DTYPES[dtype] if dtype else adapter.dtype
     number_format = torch.float32 if to == "ours" or number_format == torch.float64 else number_format
@@ -123,7 +96,7 @@ def write(
     losses: list[Loss] = []
     several = " and ".join(adapter.candidates)
     notes = (
-        [f"it fits {several} equally well; {adapter.candidates[0]} is assumed, --base would tell."] if several else []
+        [f"it fits {several} equally well; {adapter.candidates[0]} is assumed (choose with --base)."] if several else []
     )
     notes += [f"left out: {word}" for word in adapter.left_out]
     try:
@@ -153,8 +126,8 @@ def check_spelling(adapter: Adapter, to: str) -> None:
     """
     if adapter.guessed and to == "kohya":
         raise ConfigError(
-            "The adapter is for a base of no published size, and the kohya layout spells layers by the base's family.",
-            ["name the pipeline folder of its base with --base (demo: the embedded one)."],
+            "The adapter's base is not a published model, and the kohya layout names layers by the base's family.",
+            ["give the pipeline folder of its base with --base (demo: the embedded base)."],
         )
 
 
@@ -208,7 +181,7 @@ class _Job:
     """What is written where, and by which names it is read back."""
 
     wanted: Adapter
-    written: Written
+    written: Output
     target: Path
     to: str
     dtype: torch.dtype
@@ -232,7 +205,7 @@ def _refuse_other_folder(folder: Path) -> None:
     ]  # fmt: skip
     if foreign:
         raise ConfigError(
-            f"{folder} is a folder with other things in it, and would be replaced whole.",
+            f"{folder} contains other files and would be replaced completely.",
             [f"it holds {foreign[0].relative_to(folder)}; name a new folder."],
         )
 
@@ -249,10 +222,10 @@ def _publish(job: _Job) -> tuple[float, str, int]:
             job.written.save(beside)
             back = adapter_from(beside, open_sources(beside, job.names))
             worst, worst_layer, _ = compare(job.wanted, back)
-            limit = LIMITS[job.dtype]
+            limit = ROUNDING[job.dtype]
             if not worst <= limit:
                 raise InterchangeError(
-                    f"{target} was not kept: read back, it differs by {worst:.1e} from what was to be written.",
+                    f"{target} was not kept: read back, it differs by {worst:.1e} from the source.",
                     [f"{worst_layer} differs most (at most {limit:.0e}); write it with --dtype fp32, or report this."],
                 )
             for companion in (staging / words_folder(target), beside):

@@ -14,10 +14,10 @@ from typing import Any
 
 from data_tools.errors import counted
 from finetune.header import Header, clean, hash_bytes, open_tensors
+from finetune.interchange.compatibility import READERS, Verdict, judge
 from finetune.interchange.layouts import LOSSES, OURS, Layer, blocks, said
 from finetune.interchange.names import Architecture, from_base, published
 from finetune.interchange.norms import change_norm
-from finetune.interchange.readers import READERS, Verdict, judge
 from finetune.interchange.sources import Source, of_no_published_size, open_sources, told_beside
 
 HASHED_BELOW = 1 << 30
@@ -137,8 +137,8 @@ def inspect_file(path: str | Path, base: Path | None = None, *, hashes: bool = F
     foreign = of_no_published_size(sources)
     if architecture and foreign:
         named = next((table.title for table in published() if said(metadata, table)), "")
-        told = f"of the kind of {named}, it says" if named else f"its names are nearest to {architecture.title}'s"
-        facts.base = f"a base of no published size; {told} (--base FOLDER tells)"
+        told = f"the file names {named}" if named else f"its layer names resemble {architecture.title}"
+        facts.base = f"an unpublished base model; {told} (give it with --base FOLDER)"
     elif architecture:
         facts.family, facts.base = architecture.family, architecture.title
         several = [family for family in sources[0].resolved.candidates if family != architecture.family]
@@ -231,7 +231,7 @@ def _tokens(facts: Facts, source: Source) -> None:
 
 def _notes(facts: Facts, sources: list[Source], fitting: list[bool]) -> None:
     if lossy := sources[0].header.metadata.get(LOSSES):
-        facts.notes.append(clean(f"a lossy conversion made it, by its own words: {lossy}", 600))
+        facts.notes.append(clean(f"made by a lossy conversion, according to the file: {lossy}", 600))
     variants = Counter(
         layer.meaning.variant for source in sources for layer in source.resolved.layers if layer.meaning.variant
     )
@@ -239,18 +239,18 @@ def _notes(facts: Facts, sources: list[Source], fitting: list[bool]) -> None:
         facts.notes += [f"{variant} ({counted(count, 'layer')})." for variant, count in variants.items()]
     dialects = sum((source.resolved.dialects() for source in sources), Counter())
     if len(dialects) > 1 and facts.kind == "adapter" and facts.family:
-        facts.notes.append("names are spelled in several ways: " + ", ".join(f"{k} ({v})" for k, v in dialects.items()))
+        facts.notes.append("several naming schemes are mixed: " + ", ".join(f"{k} ({v})" for k, v in dialects.items()))
     if facts.unknown and facts.kind == "adapter":
-        facts.notes.append(f"{counted(len(facts.unknown), 'tensor')} of a name that means nothing here.")
+        facts.notes.append(f"{counted(len(facts.unknown), 'tensor')} with unknown names.")
     if facts.candidates:
-        facts.notes.append(f"it fits {' and '.join(facts.candidates)} equally well; --base would tell.")
+        facts.notes.append(f"it fits {' and '.join(facts.candidates)} equally well; give its base with --base.")
     if facts.kind == "adapter" and facts.family and not all(fitting):
         facts.notes.append(
             f"{fitting.count(False)} of {len(fitting)} layers have other shapes than {facts.base}: "
-            "it is for another base, or a base of another size (--base)."
+            "it is for a different base model (give it with --base)."
         )
     if facts.kind == "adapter" and not facts.family and fitting:
-        facts.notes.append("only its base can tell which layers it misses and which programs load it (--base).")
+        facts.notes.append("its base model is needed to list missing layers and compatible programs (--base).")
 
 
 def _hashes(header: Header, wanted: bool, prefix: str) -> dict[str, str]:
@@ -267,7 +267,7 @@ def _hashes(header: Header, wanted: bool, prefix: str) -> dict[str, str]:
     for name in ("sshs_model_hash", "modelspec.hash_sha256"):
         stated = header.metadata.get(name)
         if stated and name in found and stated.lower() != found[name]:
-            found[f"{name} as stated"] = f"{clean(stated, 80)} (wrong: these are other bytes)"
+            found[f"{name} as stated"] = f"{clean(stated, 80)} (wrong: it does not match the file)"
     return {prefix + name: value for name, value in found.items()}
 
 
@@ -275,15 +275,16 @@ TRAINING = {
     "title": ("modelspec.title", "ss_output_name"),
     "base model": ("finetune.base", "ss_sd_model_name", "modelspec.architecture"),
     "base version": ("ss_base_model_version",),
-    "trainer": ("modelspec.implementation", "ss_network_module"),
-    "network": ("ss_network_args",),
+    "trainer": ("finetune.trainer",),
+    "network": ("ss_network_module",),
+    "network arguments": ("ss_network_args",),
     "steps": ("ss_steps", "finetune.step", "ss_max_train_steps"),
     "epochs": ("ss_epoch", "ss_num_epochs"),
     "pictures": ("ss_num_train_images",),
     "resolution": ("ss_resolution", "modelspec.resolution"),
     "learning rate": ("ss_learning_rate", "ss_unet_lr"),
     "optimizer": ("ss_optimizer",),
-    "rank and alpha as stated": ("ss_network_dim",),
+    "stated rank, alpha": ("ss_network_dim",),
     "clip skip": ("ss_clip_skip",),
     "prediction": ("modelspec.prediction_type",),
     "seed": ("ss_seed",),
@@ -301,8 +302,8 @@ def _training(metadata: Mapping[str, str]) -> dict[str, str]:
         value = next((metadata[name] for name in entries if metadata.get(name) not in (None, "", "None", "{}")), None)
         if value is not None:
             found[label] = clean(value, 200)
-    if "rank and alpha as stated" in found and metadata.get("ss_network_alpha"):
-        found["rank and alpha as stated"] += f", {clean(metadata['ss_network_alpha'], 20)}"
+    if "stated rank, alpha" in found and metadata.get("ss_network_alpha"):
+        found["stated rank, alpha"] += f", {clean(metadata['ss_network_alpha'], 20)}"
     return found
 
 

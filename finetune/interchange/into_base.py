@@ -21,6 +21,7 @@ from torch import Tensor
 
 from data_tools.errors import counted
 from finetune import storage
+from finetune.dtypes import DTYPES, STORED
 from finetune.errors import ConfigError
 from finetune.header import Header, Tensors
 from finetune.interchange.adapter import InterchangeError, Place, Update
@@ -30,7 +31,6 @@ from finetune.interchange.reading import shortened
 from finetune.interchange.weights import Weights, open_weights, read_tensor
 from finetune.tracking import Reporter
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 COUNTS = {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
 """Numbers that are no weights, such as the positions in SD1's checkpoints; copied as they are."""
 LARGEST_LOSS = 0.01
@@ -57,7 +57,7 @@ class IntoBase:
         return [
             ("Written", str(self.path)),
             ("Changed", counted(self.layers, "weight")),
-            ("Taken by rounding", f"{self.lost:.2%} of the change"),
+            ("Lost to rounding", f"{self.lost:.2%} of the change"),
             *(("Note", note) for note in self.notes),
         ]
 
@@ -156,15 +156,15 @@ def merge_into(  # noqa: PLR0913 - what the user chooses
 def _check_target(base: Path, target: Path, how: str) -> None:
     problems = []
     if how not in DENSE:
-        problems.append(f"--how {how} averages factors, which has no meaning inside a base; use {', '.join(DENSE)}.")
+        problems.append(f"--how {how} works on LoRA factors, which a base does not have; use {', '.join(DENSE)}.")
     if base.is_dir() and (target.suffix == ".safetensors" or target.is_file()):
-        problems.append(f"{base} is a folder, so the result is one too; {target} is named like a file.")
+        problems.append(f"{base} is a folder, so the result is a folder too; {target} looks like a file.")
     if not base.is_dir() and target.suffix != ".safetensors":
-        problems.append(f"{base} is a single file, so the result is one too; end {target} in .safetensors.")
+        problems.append(f"{base} is a single file, so the result is a file too; name it {target}.safetensors.")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        problems.append(f"{target} exists already; name a new one.")
+        problems.append(f"{target} already exists; choose a new name.")
     if problems:
-        raise ConfigError("The adapters cannot be merged into the base like this:", problems)
+        raise ConfigError("The adapters cannot be merged into the base this way:", problems)
 
 
 def _check_fit(job: _Job) -> None:
@@ -193,7 +193,7 @@ def _write(job: _Job, base: Path, target: Path, result: IntoBase) -> None:
         for tensors in files:
             source = tensors.header.path
             streamed.add(source)
-            _stream(job, component, tensors, target / source.relative_to(base))
+            _stream(job, component, tensors, target / _renamed(source.relative_to(base), job.dtype))
     for source in sorted(path for path in base.rglob("*") if path.is_file() and path not in streamed):
         if source.suffix in {".safetensors", ".bin", ".ckpt", ".pt"}:
             result.notes.append(f"{source.relative_to(base)} was left out: it is another copy of the weights.")
@@ -203,6 +203,12 @@ def _write(job: _Job, base: Path, target: Path, result: IntoBase) -> None:
             shutil.copyfile(source, copy)
             if job.dtype is not None and source.name == "config.json":
                 _say_dtype(copy, job.dtype)
+
+
+def _renamed(file: Path, dtype: torch.dtype | None) -> Path:
+    """Without a variant in its name, such as `.fp16`, that is no longer true."""
+    stem, _, variant = file.stem.rpartition(".")
+    return file if dtype is None or DTYPES.get(variant, dtype) == dtype else file.with_name(stem + file.suffix)
 
 
 def _say_dtype(config: Path, dtype: torch.dtype) -> None:
@@ -218,14 +224,14 @@ def _stream(job: _Job, component: str, tensors: Tensors, path: Path) -> None:
     header = tensors.header
     empty = {
         name: torch.empty(
-            entry.shape, dtype=COUNTS.get(entry.dtype) or job.dtype or DTYPES.get(entry.dtype), device="meta"
+            entry.shape, dtype=COUNTS.get(entry.dtype) or job.dtype or STORED.get(entry.dtype), device="meta"
         )
         for name, entry in header.tensors.items()
     }
-    unknown = {name for name, entry in header.tensors.items() if entry.dtype not in DTYPES | COUNTS}
+    unknown = {name for name, entry in header.tensors.items() if entry.dtype not in STORED | COUNTS}
     if unknown:
         raise InterchangeError(
-            f"{header.path} holds number formats that cannot be merged into.", shortened(sorted(unknown))
+            f"{header.path} uses number formats that cannot be merged into.", shortened(sorted(unknown))
         )
     places = _places(job, component, header)
     turned = {held.name for parts in job.weights.held.values() for held in parts if held.transposed}
@@ -234,7 +240,7 @@ def _stream(job: _Job, component: str, tensors: Tensors, path: Path) -> None:
         stream.write(storage.safetensors_header(empty, _kept(header)))
         for number, name in enumerate(storage.tensor_order(empty)):
             changed = _changed(job, tensors, name, places.get(name, ()), name in turned)
-            if changed is None and empty[name].dtype != (DTYPES | COUNTS)[header.tensors[name].dtype]:
+            if changed is None and empty[name].dtype != (STORED | COUNTS)[header.tensors[name].dtype]:
                 changed = _finite(read_tensor(tensors, name).to(empty[name].dtype), name)
             stream.write(tensors.raw(name) if changed is None else storage.tensor_bytes(changed))
             job.advance(number + 1, component)
@@ -288,7 +294,7 @@ def _changed(job: _Job, tensors: Tensors, name: str, rows: tuple[Rows, ...], tur
             exact[position : position + last - first] += change[first:last]
     if not touched:
         return None
-    rounded = _finite(exact.to(job.dtype or DTYPES[tensors.header.tensors[name].dtype]), name)
+    rounded = _finite(exact.to(job.dtype or STORED[tensors.header.tensors[name].dtype]), name)
     wanted = exact - plain.double()
     job.lost += float((rounded.double() - exact).square().sum())
     job.whole += float(wanted.square().sum())
@@ -303,7 +309,7 @@ def _finite(rounded: Tensor, name: str) -> Tensor:
     """
     if not bool(torch.isfinite(rounded.float()).all()):
         raise InterchangeError(
-            f"{name} would reach beyond its number format ({str(rounded.dtype).removeprefix('torch.')}).",
+            f"{name} would exceed its number format ({str(rounded.dtype).removeprefix('torch.')}).",
             ["use a smaller weight (file@0.5), or write the model as --dtype fp32."],
         )
     return rounded

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from finetune.adapters.updates import UPDATES
 from finetune.interchange.adapter import Adapter, InterchangeError, Update
-from finetune.interchange.original import Piece
+from finetune.interchange.carrying import remedies
+from finetune.interchange.embeddings import bundled
+from finetune.interchange.original_names import Piece
+from finetune.interchange.output import Output, cast, folded, kept_metadata, methods, refuse
 from finetune.interchange.reading import shortened
-from finetune.interchange.words import bundled
-from finetune.interchange.written import Written, cast, folded, kept_metadata, methods, refuse
 
 KOHYA_PARTS = {
     "lora_A.weight": "lora_down.weight",
@@ -21,10 +22,10 @@ KOHYA_PARTS = {
     "lora_magnitude_vector": "dora_scale",
 }
 
-DORA_NOTE = "DoRA is written as LyCORIS does; readers other than LyCORIS apply it differently."
+DORA_NOTE = "DoRA is written as in LyCORIS; other programs apply it differently."
 
 
-def write_kohya(adapter: Adapter, dtype: torch.dtype, lossy: bool) -> Written:
+def write_kohya(adapter: Adapter, dtype: torch.dtype, lossy: bool) -> Output:
     """One file for A1111, Forge, ComfyUI, InvokeAI and sd-scripts, with LyCORIS' keys for its methods.
 
     diffusers takes one alpha for several layers of a UNet, so alpha is kept only if all layers have the same. Where
@@ -34,11 +35,8 @@ def write_kohya(adapter: Adapter, dtype: torch.dtype, lossy: bool) -> Written:
 
     Source: sd-scripts networks/lora.py; LyCORIS modules/*.py for the other methods' keys.
     """
-    refused = {
-        "dora": "readers disagree on its magnitudes (LyCORIS is right, ComfyUI near, A1111 and InvokeAI wrong); exact: "
-        "--to diffusers or --to peft; --allow-lossy writes LyCORIS' keys",
-    }
-    refuse(adapter, {} if lossy else refused, {"lora", "dora", "loha", "lokr", "diff", "ia3", "diag-oft"}, bias=True)
+    # keep: a DoRA under LyCORIS' keys is what --allow-lossy writes.
+    refuse(adapter, {name: why for name, why in remedies("kohya").items() if not (lossy and name == "dora")}, bias=True)
     layers = list(kohya_layers(adapter))
     low_rank = [update for _, update in layers if update.is_low_rank]
     rank = max((update.rank or 1 for update in low_rank), default=1)
@@ -65,8 +63,8 @@ def write_kohya(adapter: Adapter, dtype: torch.dtype, lossy: bool) -> Written:
     versions = adapter.architecture.kohya_versions
     metadata = {"ss_base_model_version": versions[0], **kept_metadata(adapter), **(stated_entries if low_rank else {})}
     notes = [DORA_NOTE] * ("dora" in methods(adapter))
-    notes += ["diffusers refuses kohya files with learned words; for it, write --to diffusers."] * bool(adapter.tokens)
-    return Written({"": (tensors, metadata)}, notes=notes)
+    notes += ["diffusers refuses kohya files with learned words; use --to diffusers for it."] * bool(adapter.tokens)
+    return Output({"": (tensors, metadata)}, notes=notes)
 
 
 def _common_alpha(updates: Sequence[Update]) -> tuple[float | None, bool]:
@@ -105,9 +103,9 @@ def kohya_layers(adapter: Adapter) -> Iterator[tuple[str, Update]]:
                 except InterchangeError as error:
                     problems += [f"{original}: {problem}" for problem in error.problems]
     if problems:
-        raise InterchangeError("Kohya's layout joins layers whose updates cannot be joined.", shortened(problems))
+        raise InterchangeError("The kohya layout fuses layers whose updates cannot be fused.", shortened(problems))
     if nameless := _nameless(adapter):
-        raise InterchangeError("Kohya's layout has no names for some layers.", shortened(nameless))
+        raise InterchangeError("The kohya layout has no names for some layers.", shortened(nameless))
     yield from sorted(joined.items())
 
 
@@ -134,7 +132,7 @@ def join(pieces: tuple[Piece, ...], updates: Mapping[str, Update], rows: int) ->
         return _stacked(pieces, updates, rows)
     if not all(update.is_low_rank for update in present):
         named = " and ".join(sorted({update.method for update in present}))
-        raise InterchangeError("", [f"{named} cannot be joined exactly; --to peft keeps the layers apart."])
+        raise InterchangeError("", [f"{named} cannot be fused exactly; --to peft keeps the layers separate."])
     first = present[0].tensors["lora_A.weight"]
     shared = all(
         update.scale == present[0].scale and torch.equal(update.tensors["lora_A.weight"], first) for update in present

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from finetune.header import Header
 from finetune.interchange import names
 from finetune.interchange.names import Architecture, Spelled
-from finetune.interchange.original import Piece
+from finetune.interchange.original_names import Piece
 
 OURS = "finetune_adapter"
 """Metadata entry of this toolkit's own adapter files."""
 LOSSES = "finetune.lossy"
-"""Metadata entry: a JSON list of what conversions lost, the oldest first; see `losses`."""
+"""Metadata entry: a JSON list of what conversions lost, the oldest first; see `lossy`."""
 BESIDE = "finetune.embeddings"
 """Metadata entry: JSON table, word -> its embedding's file, relative to the adapter's folder. An export has a folder
 to itself and lays them in `embeddings`; a conversion may have other files around it and takes `NAME.embeddings`."""

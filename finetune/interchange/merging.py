@@ -12,8 +12,9 @@ from torch import Tensor
 
 from finetune.errors import ConfigError
 from finetune.interchange.adapter import Adapter, InterchangeError, Place, Update
-from finetune.interchange.losses import LOSSES, NOTABLE, Meter, noted
+from finetune.interchange.lossy import LOSSES, NOTABLE, Meter, noted
 from finetune.interchange.lowrank import distance, factors_of, of_dense, of_factors
+from finetune.interchange.output import kept_metadata
 from finetune.interchange.reading import shortened
 from finetune.rng import rng
 from finetune.tracking import Reporter
@@ -74,7 +75,7 @@ def linear(parts: Sequence[Part], settings: Settings, place: Place) -> Update:
     shapes = {part.update.tensors["lora_A.weight"].shape for part in parts}
     total = sum(part.weight for part in parts)
     if len(shapes) > 1 or total == 0:
-        reason = "has several ranks" if total else "has weights that add up to zero"
+        reason = "has several ranks" if total else "has weights that sum to zero"
         raise InterchangeError("The adapters cannot be merged by linear.", [f"{'.'.join(place)} {reason}; use svd."])
     downs = [part.weight * part.update.scale * part.update.tensors["lora_A.weight"] for part in parts]
     ups = [part.weight * part.update.tensors["lora_B.weight"] for part in parts]
@@ -203,7 +204,7 @@ def check_same_base(adapters: Sequence[Weighted]) -> None:
     kinds = {item.adapter.architecture.name: item for item in adapters}
     if len(kinds) > 1:
         raise ConfigError(
-            "Adapters for several kinds of base cannot be merged.",
+            "Adapters for different base models cannot be merged.",
             [f"{item.path} is for {item.adapter.architecture.title}." for item in kinds.values()],
         )
 
@@ -221,11 +222,11 @@ def _not_mergeable(adapters: Sequence[Weighted], how: str) -> list[str]:
         for (component, module), update in item.adapter.updates.items():
             name = f"{item.path.name}: {component}.{module} is {update.method}"
             if update.needs_base:
-                problems.append(f"{name}, whose change depends on the base: merge into it with --into.")
+                problems.append(f"{name}, which depends on the base model's weights: merge into the base with --into.")
             elif not update.is_low_rank and how in ("concat", "linear"):
                 problems.append(f"{name}: merge with svd, ties or dare, or convert it first with --allow-lossy.")
             elif "diff_b" in update.tensors or (update.method == "diff" and update.tensors["diff"].ndim < 2):
-                problems.append(f"{name} of a bias or a norm, which no LoRA can say: merge into the base with --into.")
+                problems.append(f"{name} of a bias or a norm, which a LoRA cannot express: merge with --into.")
     return problems
 
 
@@ -234,13 +235,19 @@ def _tokens(adapters: Sequence[Weighted]) -> dict[str, dict[str, Tensor]]:
     for item in adapters:
         for word, vectors in item.adapter.tokens.items():
             if word in found:
-                raise ConfigError(f"Two adapters have learned the word {word!r}.", ["it can mean one thing only."])
+                raise ConfigError(f"Two adapters have learned the word {word!r}.", ["leave one of them out."])
             found[word] = vectors
     return found
 
 
+BASE_ENTRIES = ("finetune.base", "finetune.base_digest", "ss_sd_model_name")
+"""What a file says of the base it is for."""
+
+
 def _metadata(adapters: Sequence[Weighted], how: str) -> dict[str, str]:
-    """Nobody's training facts, but everybody's trigger words and losses; names of files, no folders."""
+    """Nobody's training facts, but everybody's trigger words and losses, and the base if all name the same; names of
+    files, no folders.
+    """
     triggers = dict.fromkeys(
         word.strip()
         for item in adapters
@@ -250,7 +257,9 @@ def _metadata(adapters: Sequence[Weighted], how: str) -> dict[str, str]:
     named = ", ".join(f"{item.path.name}@{item.weight:g}" for item in adapters)
     told = [(item.path.name, item.adapter.metadata[LOSSES]) for item in adapters if LOSSES in item.adapter.metadata]
     losses = [note for name, earlier in told for note in json.loads(noted(earlier, [], of=name))]
-    entries = {
+    stated = [kept_metadata(item.adapter) for item in adapters]
+    agreed = {key: stated[0].get(key, "") for key in BASE_ENTRIES if len({one.get(key) for one in stated}) == 1}
+    entries = agreed | {
         LOSSES: json.dumps(losses, ensure_ascii=False) if losses else "",
         "modelspec.merged_from": named,
         "finetune.merged_by": how,

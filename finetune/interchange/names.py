@@ -16,7 +16,7 @@ from typing import Any
 
 from finetune.errors import ConfigError
 from finetune.header import Header, read_header
-from finetune.interchange.original import SCALED, STYLES, Fused, Piece, Shape
+from finetune.interchange.original_names import SCALED, STYLES, Fused, Piece, Shape
 
 FOLDER = Path(__file__).parent / "names"
 NO_LAYERS = ("token_embedding", "position_embedding", "embed_tokens", "shared", "relative_attention_bias")
@@ -162,8 +162,8 @@ def from_base(path: Path) -> Architecture:
     """
     if not (path / "model_index.json").is_file():
         raise ConfigError(
-            f"{path} is not a base model's folder.",
-            ["it has no model_index.json; name a pipeline folder in diffusers layout."],
+            f"{path} is not a base model folder.",
+            ["it has no model_index.json; give a diffusers pipeline folder."],
         )
     own: dict[str, dict[str, Shape]] = {}
     for folder in sorted(item for item in path.iterdir() if item.is_dir()):
@@ -192,8 +192,8 @@ def from_base(path: Path) -> Architecture:
     }
     if best.denoiser not in networks:
         raise ConfigError(
-            f"{path} has no weights that are known here.",
-            [f"a folder {best.denoiser}/ with .safetensors files was looked for."],
+            f"{path} contains no weights of a known model.",
+            [f"a folder {best.denoiser}/ with .safetensors files was expected."],
         )
     return replace(best, networks=networks, published=False)
 

@@ -13,22 +13,21 @@ import torch
 from torch import Tensor
 
 from data_tools.errors import counted
+from finetune.dtypes import STORED
 from finetune.errors import ConfigError, first_few
 from finetune.header import Tensors, clean, open_tensors
 from finetune.interchange.adapter import Adapter, InterchangeError, Place, Update
+from finetune.interchange.embeddings import read_beside, text_encoder
 from finetune.interchange.layouts import OURS, Layer, said
 from finetune.interchange.names import CLIP_ROOT, Architecture, published, table_of
-from finetune.interchange.original import Piece
+from finetune.interchange.original_names import Piece
 from finetune.interchange.sources import Source, of_no_published_size, open_sources
-from finetune.interchange.words import read_beside, text_encoder
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Number formats that adapters are written in; others are read as fp32."""
 PLAIN_NUMBERS = {"BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64"}
 """Number formats without a fraction, in which weights are only packed."""
 REASONS = {
-    "glora": "is a GLoRA, whose change depends on the base in a way that no other layout can say",
-    "nothing": "has parts that make no update together",
+    "glora": "is a GLoRA, which no other layout can express",
+    "nothing": "has parts that do not form an update",
 }
 """Method -> why it cannot be read."""
 
@@ -56,8 +55,8 @@ def adapter_from(path: Path, sources: list[Source], *, whole: bool = True) -> Ad
     wrong = [source for source in sources if source.resolved.kind not in ("adapter", "embedding")]
     if wrong:
         raise ConfigError(
-            f"{path} is no adapter but {_kind(wrong[0].resolved.kind)}.",
-            ["`finetune inspect` says more about it; to get an adapter out of a whole model use `finetune extract`."],
+            f"{path} is not an adapter but {_kind(wrong[0].resolved.kind)}.",
+            ["see `finetune inspect`; to extract an adapter from a whole model use `finetune extract`."],
         )
     architecture = next((source.resolved.architecture for source in sources if source.resolved.architecture), None)
     if architecture is None and sources[0].resolved.kind == "embedding":
@@ -65,10 +64,10 @@ def adapter_from(path: Path, sources: list[Source], *, whole: bool = True) -> Ad
     unknown = [name for source in sources for name in source.resolved.unknown]
     if unknown or architecture is None:
         raise InterchangeError(
-            f"{path} holds {counted(len(unknown), 'tensor')} of unknown name, and would not be read whole."
+            f"{path} holds {counted(len(unknown), 'tensor')} with unknown names, so it cannot be read completely."
             if unknown
             else f"{path} does not say which kind of base its learned words are for.",
-            [*shortened(unknown), "if the base is of an unusual make, name its folder with --base."],
+            [*shortened(unknown), "if its base is not a published model, give the base's folder with --base."],
         )
     adapter = Adapter({}, architecture, dict(sources[0].header.metadata), sources[0].layout)
     adapter.candidates = sources[0].resolved.candidates if len(sources[0].resolved.candidates) > 1 else ()
@@ -88,7 +87,7 @@ def adapter_from(path: Path, sources: list[Source], *, whole: bool = True) -> Ad
                 }
                 adapter.tokens.setdefault(word, {}).update(named)
         widest += [
-            DTYPES.get(source.header.tensors[name].dtype, torch.float32)
+            STORED.get(source.header.tensors[name].dtype, torch.float32)
             for layer in source.resolved.layers
             for part, name in layer.parts.items()
             if part not in ("alpha", "on_input")
@@ -166,13 +165,13 @@ def _update(source: Source, layer: Layer, tensors: Tensors) -> Update:
     whole = [name for part, name in layer.parts.items()
              if part in parts and source.header.tensors[name].dtype in PLAIN_NUMBERS and part != "alpha"]  # fmt: skip
     if whole:
-        raise _Unreadable(f"holds whole numbers ({whole[0]}), which only the program that packed them can read")
+        raise _Unreadable(f"holds whole numbers ({whole[0]}), which only the program that packed them can unpack")
     if any(not bool(torch.isfinite(tensor).all()) for tensor in parts.values()):
         raise _Unreadable("holds numbers that are not finite")
     if "lora_B.bias" in parts and parts.pop("lora_B.bias").any():
-        raise _Unreadable("trains a bias of the update (lora_bias), which no other layout can say")
+        raise _Unreadable("trains a bias of the update (lora_bias), which no other layout can express")
     if method in ("loha", "lokr", "oft") and "lora_magnitude_vector" in parts:
-        raise _Unreadable(f"joins {method} with DoRA's magnitudes, which only LyCORIS can say")
+        raise _Unreadable(f"joins {method} with DoRA's magnitudes, which only LyCORIS supports")
     try:
         parts = _in_our_terms(method, parts, layer, tensors)
     except (KeyError, IndexError, RuntimeError) as error:
@@ -224,8 +223,8 @@ def _magnitude(parts: Mapping[str, Tensor], name: str) -> Tensor:
     of_lycoris = name.endswith("dora_scale")
     if magnitude.numel() != out or (of_lycoris and magnitude.ndim > 1 and magnitude.shape[0] != out):
         raise _Unreadable(
-            f"has DoRA magnitudes of shape {tuple(magnitude.shape)} for {out} outputs: one per input, as older "
-            "LyCORIS and A1111 take it, which no other layout can say"
+            f"has DoRA magnitudes of shape {tuple(magnitude.shape)} for {out} outputs: one per input, as in "
+            "older LyCORIS and A1111, which no other layout can express"
         )
     return magnitude.reshape(-1) if up.ndim == 2 else magnitude.reshape(1, -1, *[1] * (up.ndim - 2))
 

@@ -13,7 +13,7 @@ import torch
 from data_tools.errors import counted
 from finetune.errors import ConfigError
 from finetune.interchange.adapter import Adapter, InterchangeError, Place, Update
-from finetune.interchange.losses import LOSSES, NOTABLE, Meter, noted
+from finetune.interchange.lossy import LOSSES, NOTABLE, Meter, noted
 from finetune.interchange.lowrank import RankRule, decomposition, of_dense
 from finetune.interchange.names import Architecture, from_base
 from finetune.interchange.reading import shortened
@@ -66,7 +66,7 @@ def resize(adapter: Adapter, rule: RankRule, largest: int, reporter: Reporter) -
         if update.needs_base or "diff_b" in update.tensors or (update.method == "diff" and update.delta().ndim < 2)
     ]
     if problems:
-        raise InterchangeError("Only updates B A of weights can be resized.", shortened(problems))
+        raise InterchangeError("Only low-rank updates of weights can be resized.", shortened(problems))
     sums = _Sums()
     result: dict[Place, Update] = {}
     with reporter.progress("Resizing", len(adapter.updates)) as advance:
@@ -132,8 +132,8 @@ def extract(
     if not result:
         raise InterchangeError(f"{tuned} and {base} hold the same weights.", ["there is nothing to extract."])
     others = counted(left_out, "norm or convolution", "norms or convolutions")
-    notes = [f"Left out, though different too: {others}."] if left_out else []
-    notes += [f"Left out, as a LoRA has none: {counted(biases, 'bias', 'biases')}."] if biases else []
+    notes = [f"Left out, although they differ: {others}."] if left_out else []
+    notes += [f"Left out, because a LoRA has none: {counted(biases, 'bias', 'biases')}."] if biases else []
     assert old.architecture is not None, "extracting opens a base"
     metadata = {"finetune.base": base.name, "finetune.extracted_from": tuned.name}
     return sums.resized(Adapter(result, old.architecture, metadata, "extracted"), tuple(notes))

@@ -6,16 +6,19 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
+from finetune.demo import BASE_DIR
 from finetune.errors import CheckpointError, ConfigError
+from finetune.families.places import DEMO
 from finetune.header import Header, Tensors, read_header
 from finetune.interchange.layouts import BESIDE, OURS, Layer, Resolved, resolve, weight_fits
-from finetune.interchange.names import Architecture, published
+from finetune.interchange.names import Architecture, from_base, published
 from finetune.run_files import ADAPTER_FILE
 
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -63,7 +66,7 @@ class Source:
             values = np.asarray(tensors.array(layer.parts["alpha"]), dtype=np.float64).ravel()
             if values.size != 1 or not np.isfinite(values[0]):
                 raise CheckpointError(
-                    f"{self.header.path} gives {layer.stem} no usable alpha.", ["one finite number was looked for."]
+                    f"{self.header.path} has no usable alpha for {layer.stem}.", ["expected one finite number."]
                 )
             return float(values[0]) / rank if rank and values[0] else 1.0
         piece = layer.pieces[0]
@@ -92,12 +95,33 @@ def open_sources(path: Path, base: Architecture | None = None) -> list[Source]:
 
     Args:
         path: a .safetensors file; or a folder of PEFT, of PEFT folders per network, or of a run.
-        base: names of the base at hand; without it the published models are tried.
+        base: names of the base at hand; without it the published models are tried, and the embedded base if a file
+            says that it is for that one.
 
     Raises:
         ConfigError: if nothing is there.
         CheckpointError, UnsafeError: see `read_header`.
     """
+    sources = _opened(path, base)
+    if base is None and _names_embedded(sources[0].header):
+        own = _opened(path, _embedded())
+        if not of_no_published_size(own) and not any(source.resolved.unknown for source in own):
+            return own
+    return sources
+
+
+def _names_embedded(header: Header) -> bool:
+    metadata = header.metadata
+    stated = _json_text(header.path, OURS, metadata.get(OURS, "{}")).get("base")
+    return DEMO in (stated, metadata.get("finetune.base"), metadata.get("ss_sd_model_name"))
+
+
+@cache
+def _embedded() -> Architecture:
+    return replace(from_base(BASE_DIR), title="the embedded base model (demo)")
+
+
+def _opened(path: Path, base: Architecture | None) -> list[Source]:
     if path.is_dir():
         folders = [path, *sorted(item for item in path.iterdir() if item.is_dir())]
         peft = [folder for folder in folders if (folder / PEFT_CONFIG).is_file()]
@@ -107,8 +131,8 @@ def open_sources(path: Path, base: Architecture | None = None) -> list[Source]:
             if (path / name).is_file():
                 return [_file(path / name, base)]
         raise ConfigError(
-            f"{path} is a folder without an adapter.",
-            [f"{PEFT_CONFIG} or {' or '.join(KNOWN_FILES)} was looked for; name the file itself."],
+            f"{path} contains no adapter.",
+            [f"{PEFT_CONFIG} or {' or '.join(KNOWN_FILES)} was expected; name the adapter file itself."],
         )
     return [_file(path, base)]
 
@@ -124,7 +148,7 @@ def words_beside(path: Path, metadata: Mapping[str, str]) -> dict[str, Path]:
     for word, name in listed.items():
         parts = PurePosixPath(str(name)).parts
         if len(parts) != 2 or ".." in parts or PurePosixPath(str(name)).is_absolute():
-            wrong.append(f"the word {word!r} is said to lie in {name!r}, which is not beside the adapter.")
+            wrong.append(f"the word {word!r} is listed in {name!r}, which is not next to the adapter.")
         else:
             # A PEFT folder holds its words, or an export laid them beside it.
             found[word] = path / name if (path / name).is_file() else path.parent / name
@@ -139,8 +163,8 @@ def told_beside(path: Path, metadata: Mapping[str, str]) -> list[str]:
         places = words_beside(path, metadata)
     except CheckpointError as error:
         return [error.headline, *error.problems]
-    lost = ", which is missing; drawing needs it there, convert, merge and diff go on without it"
-    return [f"its word {word} lies in {file}{'' if file.is_file() else lost}." for word, file in places.items()]
+    lost = ", which is missing; sampling needs it there, convert, merge and diff ignore it"
+    return [f"its learned word {word} is in {file}{'' if file.is_file() else lost}." for word, file in places.items()]
 
 
 def _file(path: Path, base: Architecture | None) -> Source:
@@ -188,7 +212,7 @@ def _own_settings(header: Header) -> dict[str, dict[str, Any]]:
     own = _json_text(header.path, OURS, header.metadata[OURS])
     rank, alpha, method = own.get("rank", {}), own.get("alpha", {}), own.get("method", {})
     if not all(isinstance(table, dict) for table in (rank, alpha)):
-        raise CheckpointError(f"{header.path} has an unreadable header.", ["rank and alpha are no tables."])
+        raise CheckpointError(f"{header.path} has an unreadable header.", ["rank and alpha are not tables."])
     found: dict[str, dict[str, Any]] = {}
     for component in rank:
         prefix = f"{component}."
@@ -231,7 +255,7 @@ def _matches(key: str, module: str) -> bool:
 
 def _json_file(path: Path) -> dict[str, Any]:
     if path.stat().st_size > LARGEST_CONFIG:
-        raise CheckpointError(f"{path} is too large for a configuration.", [f"{LARGEST_CONFIG:,} bytes are the most."])
+        raise CheckpointError(f"{path} is too large for a configuration.", [f"the limit is {LARGEST_CONFIG:,} bytes."])
     return _json_text(path, path.name, path.read_text(encoding="utf-8", errors="replace"))
 
 
@@ -239,7 +263,7 @@ def _json_text(path: Path, what: str, text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: its {what} is not JSON.", ["fetch or write it again."]) from error
+        raise CheckpointError(f"{path} is damaged: its {what} is not JSON.", ["download or save it again."]) from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is damaged: its {what} is not a table.", ["fetch or write it again."])
+        raise CheckpointError(f"{path} is damaged: its {what} is not a table.", ["download or save it again."])
     return value

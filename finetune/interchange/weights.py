@@ -20,7 +20,7 @@ from finetune.header import Header, Tensors, open_tensors, read_header
 from finetune.interchange.adapter import InterchangeError, Place, Update
 from finetune.interchange.layouts import Resolved, resolve, weight_fits
 from finetune.interchange.names import Architecture, canonical_module, from_base
-from finetune.interchange.original import Piece
+from finetune.interchange.original_names import Piece
 
 PROJECTION = "text_projection"
 LARGEST_ODD_SHARE = 0.1
@@ -182,7 +182,7 @@ def _single(path: Path, stack: contextlib.ExitStack, names: Architecture | None)
     resolved = resolve(header, names)
     if resolved.kind != "checkpoint" or resolved.architecture is None:
         raise ConfigError(
-            f"{path} is no known model.",
+            f"{path} is not a known model.",
             ["name a pipeline folder or a single-file checkpoint of a published family; see `finetune inspect`."],
         )
     _check_sizes(path, header, resolved)
@@ -212,5 +212,5 @@ def _check_sizes(path: Path, header: Header, resolved: Resolved) -> None:
         raise ConfigError(
             f"{path} looks like {architecture.title}, but {len(odd)} of {len(resolved.layers)} weights are of another "
             "size, so its names cannot be trusted.",
-            [*shown, "name a pipeline folder of the same make with --base."],
+            [*shown, "give a pipeline folder of the same kind with --base."],
         )

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from finetune.adapters.files import HEADER_KEY, VERSION, AdapterFile, AdapterHeader
-from finetune.adapters.updates import UPDATES
 from finetune.interchange.adapter import Adapter, InterchangeError, Update
+from finetune.interchange.carrying import remedies
 from finetune.interchange.kohya import write_kohya
-from finetune.interchange.sources import DIFFUSERS_SETTINGS, PEFT_CONFIG, PEFT_WEIGHTS
-from finetune.interchange.written import (
-    Written,
+from finetune.interchange.output import (
+    Output,
     cast,
     folded,
     kept_metadata,
@@ -30,6 +29,7 @@ from finetune.interchange.written import (
     target_endings,
     usual,
 )
+from finetune.interchange.sources import DIFFUSERS_SETTINGS, PEFT_CONFIG, PEFT_WEIGHTS
 
 PEFT_TYPES = {
     "lora": "LORA",
@@ -43,14 +43,12 @@ PEFT_TYPES = {
 """Method -> the kind of adapter that PEFT calls so."""
 
 
-def write_diffusers(adapter: Adapter, dtype: torch.dtype, lossy: bool) -> Written:
+def write_diffusers(adapter: Adapter, dtype: torch.dtype, lossy: bool) -> Output:
     """One file with PEFT keys for `pipeline.load_lora_weights`; strength is folded in, so that alpha = rank.
 
     Source: diffusers 0.42 loaders/lora_pipeline.py; see docs/decisions.md for why nothing else is written.
     """
-    reason = "load_lora_weights reads LoRA and DoRA only; exact: --to kohya or --to peft; --allow-lossy makes it a LoRA"
-    refuse(adapter, dict.fromkeys(("loha", "lokr", "diff", "ia3", "oft", "boft", "diag-oft", "full"), reason),
-            {"lora", "dora"})  # fmt: skip
+    refuse(adapter, remedies("diffusers"))
     refuse_words_alone(adapter)
     tensors: dict[str, Tensor] = {}
     settings: dict[str, object] = {}
@@ -72,35 +70,27 @@ def write_diffusers(adapter: Adapter, dtype: torch.dtype, lossy: bool) -> Writte
             **({f"{component}.use_dora": True} if "dora" in methods(adapter, component) else {}),
         }
     metadata = {**kept_metadata(adapter), DIFFUSERS_SETTINGS: json.dumps(settings, sort_keys=True)}
-    return Written({"": (cast(tensors, dtype), metadata)})
+    return Output({"": (cast(tensors, dtype), metadata)})
 
 
-def write_peft(adapter: Adapter, dtype: torch.dtype, lossy: bool) -> Written:
+def write_peft(adapter: Adapter, dtype: torch.dtype, lossy: bool) -> Output:
     """A folder per network for `PeftModel.from_pretrained`, with the strength in adapter_config.json.
 
     The one layout with the installed library's names, because PEFT adds and strips nothing: a plain CLIP text encoder
     has no `text_model.` in transformers 5.6 and later; one with a projection has.
     """
-    refuse(
-        adapter,
-        {
-            "diff": "whole changes of weights are no method of PEFT; exact: --to kohya",
-            "full": "whole weights are no method of PEFT",
-            "diag-oft": "LyCORIS rotates outputs and PEFT inputs; exact: --to kohya",
-        },
-        set(PEFT_TYPES),
-    )
+    refuse(adapter, remedies("peft"))
     refuse_words_alone(adapter)
     mixed = {component: found for component, found in adapter.methods().items() if len(found) > 1}
     if mixed:
         raise InterchangeError(
-            "PEFT has one method per network.",
+            "PEFT supports one method per network.",
             [
-                f"{component} has {' and '.join(sorted(found))}; exact: --to kohya."
+                f"{component} has {' and '.join(sorted(found))}; use --to kohya."
                 for component, found in mixed.items()
             ],
         )
-    written = Written({})
+    written = Output({})
     for component in adapter.components():
         tensors = {
             f"base_model.model.{_installed(adapter, component, module)}.{part}": tensor
@@ -109,22 +99,22 @@ def write_peft(adapter: Adapter, dtype: torch.dtype, lossy: bool) -> Written:
         }
         config = _peft_config(adapter, component)
         written.files[f"{component}/{PEFT_WEIGHTS}"] = (cast(tensors, dtype), kept_metadata(adapter))
-        written.papers[f"{component}/{PEFT_CONFIG}"] = dict(sorted(config.items()))
+        written.documents[f"{component}/{PEFT_CONFIG}"] = dict(sorted(config.items()))
     return written
 
 
-def write_ours(adapter: Adapter, dtype: torch.dtype, lossy: bool) -> Written:
+def write_ours(adapter: Adapter, dtype: torch.dtype, lossy: bool) -> Output:
     """This toolkit's own adapter file, for `finetune export`, `finetune train` and the report; always fp32."""
     file = to_file(adapter)
     header = {"version": VERSION, **asdict(file.header)}
     text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return Written({"": (file.tensors, {"format": "pt", HEADER_KEY: text})})
+    return Output({"": (file.tensors, {**kept_metadata(adapter), HEADER_KEY: text})})
 
 
-INSTEAD = "`finetune merge FILE --into BASE` puts it into a base to draw with; --to kohya keeps it"
+INSTEAD = "use --to kohya, or `finetune merge FILE --into BASE` to sample with it"
 ONLY_MERGED = {
-    "diff": f"a change written out whole needs the base to become whole weights; {INSTEAD}",
-    "diag-oft": f"LyCORIS' rotations of outputs are no method here; {INSTEAD}",
+    "diff": f"a full weight difference needs the base model; {INSTEAD}",
+    "diag-oft": f"LyCORIS' rotations of outputs are not supported; {INSTEAD}",
 }
 """Method of other trainers -> why it is no adapter of this toolkit, and what is done with it."""
 
@@ -135,12 +125,12 @@ def to_file(adapter: Adapter) -> AdapterFile:
     Raises:
         InterchangeError: if a network has several methods, or one that this toolkit neither trains nor draws with.
     """
-    refuse(adapter, ONLY_MERGED, set(UPDATES))
+    refuse(adapter, ONLY_MERGED)
     problems = [
         f"{name} has {' and '.join(sorted(found))}." for name, found in adapter.methods().items() if len(found) > 1
     ]
     if problems:
-        raise InterchangeError("An adapter of this toolkit has one method per network; exact: --to kohya.", problems)
+        raise InterchangeError("This toolkit's adapters have one method per network; use --to kohya.", problems)
     method = {component: next(iter(found)) for component, found in adapter.methods().items()}
     rank: dict[str, int] = {}
     alpha: dict[str, float] = {}
@@ -179,7 +169,7 @@ def to_file(adapter: Adapter) -> AdapterFile:
     return AdapterFile(tensors, header)
 
 
-WRITERS: dict[str, Callable[[Adapter, torch.dtype, bool], Written]] = {
+WRITERS: dict[str, Callable[[Adapter, torch.dtype, bool], Output]] = {
     "kohya": write_kohya,
     "diffusers": write_diffusers,
     "peft": write_peft,

@@ -42,9 +42,9 @@ def serve(folder: Path, host: str, port: int) -> ThreadingHTTPServer:
         raise ConfigError(
             f"The page cannot be shown at {host}:{port}: {getattr(error, 'strerror', None) or error}.",
             [
-                "--host is an address of this machine: 127.0.0.1 for itself only, 0.0.0.0 for all who reach it"
+                "--host must be an address of this machine: 127.0.0.1 (only here) or 0.0.0.0 (the whole network)"
                 if here
-                else "name another with --port; --port 0 takes any that is free"
+                else "choose another --port; --port 0 picks a free one"
             ],
         ) from error
 

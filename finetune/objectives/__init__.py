@@ -5,13 +5,15 @@ Everything is a function of tensors that arrive; nothing here draws random numbe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from finetune.by_path import source_digest
 from finetune.errors import ConfigError, nearest
 
 from . import own
@@ -38,6 +40,12 @@ __all__ = [
 ]
 
 
+LEVELS: Mapping[str, Any] = {"density": "uniform", "density_shift": 1.0, "noise_range": (0.0, 1.0)}
+"""Which noise levels the plain question asks: all of them alike."""
+PLAIN: Mapping[str, Any] = {**LEVELS, "weighting": "none", "loss_name": "mse", "huber_schedule": "constant"}
+"""The question that runs of different objectives can be compared by: the squared error, nothing weighted."""
+
+
 @dataclass(frozen=True, eq=False)
 class Objective:
     """One training objective. Make it with `build_objective`, then move it once with `to`.
@@ -51,6 +59,7 @@ class Objective:
         loss_name: a name in LOSSES, or an import path; those in WITH_DELTA read `huber_delta`, in units of the
             prediction.
         huber_schedule: a name in DELTA_SCHEDULES: how that delta follows the noise level.
+        own: the functions of the user's own, by import path; what their files said when this was built.
     """
 
     schedule: Schedule
@@ -64,6 +73,7 @@ class Objective:
     loss_name: str = "mse"
     huber_delta: float = 0.1
     huber_schedule: str = "constant"
+    own: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
     def timesteps(self, u: Tensor) -> Tensor:
         """Timesteps for quantiles of shape (B,), in (0, 1): int64 for ddpm, float32 for flow."""
@@ -93,7 +103,7 @@ class Objective:
         alpha, sigma = self.schedule.alpha_sigma(timesteps)
         x0_gain = PREDICTIONS[self.prediction].x0_gain(alpha, sigma)
         known = WEIGHTINGS.get(self.weighting)
-        weigh = known.weight if known else own.function(self.weighting)
+        weigh = known.weight if known else self.own[self.weighting]
         return weigh(alpha, sigma, x0_gain, self.weight_parameters)
 
     def loss(
@@ -105,16 +115,30 @@ class Objective:
     def distance(self, prediction: Tensor, target: Tensor, timesteps: Tensor, mask: Tensor | None = None) -> Tensor:
         """`loss` against any target, such as another model's prediction; shape (B,), float32."""
         delta = self._delta(timesteps, prediction.ndim)
-        errors = own.listed(LOSSES, self.loss_name)(prediction.float(), target, delta)
+        measure = LOSSES.get(self.loss_name) or self.own[self.loss_name]
+        errors = measure(prediction.float(), target, delta)
         return mean_per_picture(errors, mask) * self.weight(timesteps)
 
     def to(self, device: torch.device | str) -> Objective:
         """The same objective with its tables on `device`."""
         return replace(self, schedule=self.schedule.to(device))
 
+    def plain(self) -> Objective | None:
+        """The plain question of this schedule and prediction, or None where this is it."""
+        return replace(self, **PLAIN) if self._differs(PLAIN) else None
+
+    def asks_plain_levels(self) -> bool:
+        """Whether the same quantiles mean the same timesteps as in the plain question."""
+        return not self._differs(LEVELS)
+
+    def _differs(self, fields: Mapping[str, Any]) -> bool:
+        return any(getattr(self, name) != value for name, value in fields.items())
+
     def own_code(self) -> dict[str, str]:
-        """Fields that name an own function, with the digest of the file that defines it."""
-        return {f"objective.{name}": own.source_digest(path) for name, path in self.own_functions()}
+        """Fields that name an own function, with the digest of the file that it was made of."""
+        return {
+            f"objective.{name}": source_digest(inspect.unwrap(self.own[path])) for name, path in self.own_functions()
+        }
 
     def own_functions(self) -> list[tuple[str, str]]:
         """(field, import path) of each function that stands in no table."""
@@ -127,7 +151,8 @@ class Objective:
 
     def levels(self, u: Tensor) -> Tensor:
         """Noise levels from 0 (clean) to 1 (noise) for quantiles, before shift and range; (B,)."""
-        return own.listed(DENSITIES, self.density)(u, self.density_parameters)
+        density = DENSITIES.get(self.density) or self.own[self.density]
+        return density(u, self.density_parameters)
 
     def _delta(self, timesteps: Tensor, dimensions: int) -> float | Tensor:
         if self.huber_schedule == "constant":
@@ -192,10 +217,23 @@ def build_objective(  # noqa: PLR0913 - one keyword per field of the objective s
     )
     problems = [problem for check in CHECKS for problem in check(objective, trained)]
     problems += _noise_contradictions(objective, noise)
-    problems += [] if problems else list(_failing_functions(objective))
+    if not problems:
+        objective, problems = _with_own_functions(objective)
     if problems:
         raise ConfigError("The objective cannot be trained:", problems)
     return objective
+
+
+def _with_own_functions(objective: Objective) -> tuple[Objective, list[str]]:
+    """The objective with the user's own functions, and what is wrong with them."""
+    found, problems = {}, []
+    for name, path in objective.own_functions():
+        try:
+            found[path] = own.function(path)
+        except own.OwnFunctionError as error:
+            problems.append(f"objective.{name}={path}: {error}.")
+    objective = replace(objective, own=found)
+    return objective, [*problems, *_failing_functions(objective)]
 
 
 def _unknown_names(objective: Objective, trained: str) -> Iterable[str]:
@@ -283,14 +321,11 @@ def _failing_functions(objective: Objective) -> Iterable[str]:
     trials: dict[str, Callable[[], Iterable[str]]] = {
         "density": lambda: own.wrong_levels(objective.levels(own.quantiles())),
         "weighting": lambda: own.wrong_weights(objective.weight(objective.schedule.timesteps(own.quantiles()))),
-        "loss": lambda: own.wrong_errors(own.function(objective.loss_name), objective.huber_delta),
+        "loss": lambda: own.wrong_errors(objective.own[objective.loss_name], objective.huber_delta),
     }
     for name, path in objective.own_functions():
         try:
-            own.function(path)
-            wrong = list(trials[name]())
-        except own.OwnFunctionError as error:
-            wrong = [str(error)]
+            wrong = list(trials[name]()) if path in objective.own else []
         except ConfigError as error:
             wrong = [error.headline]
         # keep: what an own function returns can be anything, and fail in what is done with it.

@@ -6,10 +6,9 @@ They get what the table's functions get, and are tried before anything is paid f
 from __future__ import annotations
 
 import functools
-import hashlib
 import inspect
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +26,8 @@ class OwnFunctionError(Exception):
     """There is no such function; says why."""
 
 
-@functools.cache
 def function(path: str) -> Callable[..., Any]:
-    """The function that `module.function` names.
+    """The function that `module.function` names, as its file is now.
 
     Raises:
         OwnFunctionError: if there is none.
@@ -65,17 +63,6 @@ def _answering(path: str, own: Callable[..., Any]) -> Callable[..., Any]:
             ) from error
 
     return call
-
-
-def listed(table: Mapping[str, Callable[..., Tensor]], name: str) -> Callable[..., Tensor]:
-    """The function that stands in a table under this name, or the user's own."""
-    return table[name] if name in table else function(name)
-
-
-def source_digest(path: str) -> str:
-    """SHA-256 of the file that defines an own function; empty where there is no file."""
-    file = inspect.getsourcefile(inspect.unwrap(function(path)))
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
 
 
 def quantiles() -> Tensor:

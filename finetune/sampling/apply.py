@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -38,6 +39,12 @@ def adapter_targets(
     Raises:
         CheckpointError: if the adapter contradicts itself or does not fit this base; every misfit is listed.
     """
+    if any(isinstance(layer, BaseTunerLayer) for root in components.modules().values() for layer in root.modules()):
+        raise CheckpointError(
+            f"These networks of {components.source!r} carry an adapter already, as those of a finished training do: "
+            "they draw with it as they are, so apply none beside it.",
+            ["to draw with the file, or at another strength, load the base anew: finetune.load_family(base)"],
+        )
     found: dict[tuple[str, str], nn.Module] = {}
     problems = file.problems()
     for (component, name), tensors in file.layers().items() if not problems else ():
@@ -51,7 +58,7 @@ def adapter_targets(
     if problems:
         raise CheckpointError(
             f"The adapter does not fit the base {components.source!r}, but was made on {file.header.base!r}. "
-            "Use the base it was trained on, with no other adapter attached.",
+            "Use the base it was trained on.",
             first_few(problems),
         )
     return found

@@ -18,7 +18,7 @@ from finetune.adapters.files import AdapterFile
 from finetune.errors import ConfigError, NumericError
 from finetune.families.base import Components, ModelFamily
 from finetune.sampling.apply import adapter_applied, evaluating
-from finetune.sampling.guides import Guides, for_base, kept, pictures_for, steered
+from finetune.sampling.guides import Guides, begun, for_base, kept, pictures_for, steered
 from finetune.sampling.keeping import Keeping
 from finetune.sampling.schedulers import SCHEDULERS, build_scheduler
 from finetune.sampling.stages import Refiner, Relay, Stage
@@ -104,6 +104,7 @@ def generate(  # noqa: PLR0913 - what the user chooses, one keyword each
             keep = kept(guides, family, components, size, generators, dtype)
             after = _Bar(progress, number, len(batches), guides.steps(steps), keep)
             canvas = _canvas(family, components, pipeline, guides, size, len(batch))
+            canvas |= begun(guides, family, components, pipeline, size, generators, dtype, steps)
             latents = relay.run(words, canvas, after.part, num_inference_steps=steps, generator=generators)
             latents = family.as_picture(latents, *_latent_size(family, components, height, width))
             for index, latent in zip(batch, latents, strict=True):

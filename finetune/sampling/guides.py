@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -14,13 +14,10 @@ from torch import Tensor, nn
 
 from finetune.errors import ConfigError
 from finetune.families.base import Components, ModelFamily
+from finetune.families.controlnets import controlnet_problems
 from finetune.sampling.edges import PREPARATIONS
 from finetune.sampling.keeping import Keeping, keeping
 from finetune.sampling.wanted import STRENGTH, steering_problems
-
-CONTROLNETS = ("ControlNetModel", "SD3ControlNetModel", "FluxControlNetModel")
-"""diffusers' classes of ControlNets for one kind of control picture."""
-
 
 
 @dataclass(frozen=True)
@@ -88,45 +85,29 @@ def steered(pipeline: Any, guides: Guides) -> Any:
     Raises:
         ConfigError: if diffusers has none for this family, or the ControlNet was made for another.
     """
-    kind: Any = None
+    kinds: list[Any] = []
     if guides.shown:
-        kind = diffusers.AutoPipelineForInpainting
+        kinds = [diffusers.AutoPipelineForInpainting]
     elif guides.starts_from_image:
-        kind = diffusers.AutoPipelineForImage2Image
-    elif guides.controlnet is not None:
-        kind = diffusers.AutoPipelineForText2Image
-    if kind is None:
+        kinds = [diffusers.AutoPipelineForImage2Image]
+    if guides.controlnet is not None and not guides.shown:
+        # keep: SD3 has no pipeline for a picture and a ControlNet; see `begun`.
+        kinds.append(diffusers.AutoPipelineForText2Image)
+    if not kinds:
         return pipeline
     extra = {}
     if guides.controlnet is not None:
         denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
         own = {**cast(Any, guides.controlnet).config, "_class_name": type(guides.controlnet).__name__}
-        if problems := controlnet_problems(own, denoiser.config):
+        if problems := controlnet_problems(own, denoiser.config, pipeline.vae.config):
             raise ConfigError("The ControlNet cannot be used:", problems)
         extra = {"controlnet": guides.controlnet}
-    try:
-        return _same_parts(kind.from_pipe(pipeline, **extra), pipeline)
-    except ValueError as error:
-        raise ConfigError(
-            f"diffusers has no pipeline that steers {type(pipeline).__name__} so: {str(error).splitlines()[0]}"
-        ) from None
-
-
-def controlnet_problems(controlnet: Mapping[str, Any], denoiser: Mapping[str, Any]) -> list[str]:
-    """Why a ControlNet of this configuration cannot steer a denoiser of that one; nothing is loaded for it."""
-    kind = controlnet.get("_class_name")
-    if kind not in CONTROLNETS:
-        return [f"it is of class {kind}; a ControlNet for one kind of picture is one of {', '.join(CONTROLNETS)}."]
-    if controlnet.get("num_mode"):
-        return ["it is a union of several ControlNets, which must be told which of them to be; take one for one kind."]
-    for width in ("cross_attention_dim", "joint_attention_dim", "pooled_projection_dim"):
-        own, wanted = controlnet.get(width), denoiser.get(width)
-        if own != wanted:
-            return [
-                f"it is made for another kind of base: its {width} is {own}, the base's {wanted}; take one that was "
-                "trained on this base's family."
-            ]
-    return []
+    for kind in kinds:
+        try:
+            return _same_parts(kind.from_pipe(pipeline, **extra), pipeline)
+        except ValueError as error:
+            reason = str(error).splitlines()[0]
+    raise ConfigError(f"diffusers has no pipeline that steers {type(pipeline).__name__} so: {reason}")
 
 
 def _same_parts(steered: Any, pipeline: Any) -> Any:
@@ -183,7 +164,7 @@ def pictures_for(guides: Guides, pipeline: Any, size: tuple[int, int], count: in
     """Arguments of the pipeline's call for a batch of `count` pictures of `size` (height, width) in pixels."""
     accepted = inspect.signature(pipeline.__call__).parameters
     told: dict[str, Any] = {"height": size[0], "width": size[1]} if "height" in accepted else {}
-    if guides.starts_from_image:
+    if guides.starts_from_image and "strength" in accepted:
         assert guides.image is not None, "it starts from it"
         pixels = (_pixels(guides.image, size) + 1) / 2
         told |= {"image": pixels.expand(count, -1, -1, -1), "strength": guides.strength}
@@ -197,6 +178,38 @@ def pictures_for(guides: Guides, pipeline: Any, size: tuple[int, int], count: in
         told["control_image" if "control_image" in accepted else "image"] = [shown] * count
         told["controlnet_conditioning_scale"] = guides.control_scale
     return told
+
+
+def begun(
+    guides: Guides, family: ModelFamily, components: Components, pipeline: Any, size: tuple[int, int],
+    generators: Sequence[torch.Generator], dtype: torch.dtype, steps: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Arguments of the call of a pipeline that knows no picture to change: the picture under the noise of the step that
+    its strength begins at, and the noise levels from there on. Nothing for all other pipelines.
+
+    Args:
+        size, generators, dtype: see `kept`; the generators give the noise.
+
+    Raises:
+        ConfigError: for a sampler that cannot begin within its schedule.
+    """
+    if not guides.starts_from_image or "strength" in (accepted := inspect.signature(pipeline.__call__).parameters):
+        return {}
+    assert guides.image is not None, "it starts from it"
+    scheduler = pipeline.scheduler
+    if "sigmas" not in accepted or "sigmas" not in inspect.signature(scheduler.set_timesteps).parameters:
+        raise ConfigError(
+            f"{type(scheduler).__name__} cannot begin within its schedule, as strength={guides.strength:g} under a "
+            "ControlNet asks; choose scheduler=flow_euler or strength=1."
+        )
+    scheduler.set_timesteps(steps)
+    levels = scheduler.sigmas[int(steps - min(steps * guides.strength, steps)) : -1].tolist()
+    picture = _latents(family, components, _pixels(guides.image, size)).to("cpu")
+    noise = [torch.randn(picture.shape, generator=generator, dtype=dtype) for generator in generators]
+    latents = levels[0] * torch.cat(noise) + (1 - levels[0]) * picture
+    # keep: the scheduler shifts the levels that it is given, and these are shifted already.
+    sigmas = [level / (scheduler.shift - (scheduler.shift - 1) * level) for level in levels]
+    return {"latents": latents.to(dtype), "sigmas": sigmas}
 
 
 def kept(

@@ -39,7 +39,7 @@ class Wanted:
         strengths: factors on all adapters, one row of pictures each.
         image, mask, control: pictures that steer; see `Guides`.
         strength: share of the noise schedule run on `image`; None is the usual one.
-        controlnet: folder or hub id of a ControlNet.
+        controlnet: folder, .safetensors file or hub id of a ControlNet.
         control_from: what makes its picture of `control`, a name in PREPARED; None shows `control` as it is.
         depth_model: folder or hub id of what estimates depth for control_from="depth"; None is the usual one.
         refiner: (base, share of the schedule where it takes over); it draws the end of the first pass.
@@ -47,6 +47,8 @@ class Wanted:
         upscale_strength: share of the noise schedule run in that pass.
         low_memory: decode in slices and tiles, text encoders on the accelerator only while they read; slower, the same
             picture up to rounding.
+        compile: run the denoiser's blocks as compiled code: a minute or two for the code, then faster on a GPU; the
+            same picture up to rounding.
     """
 
     prompts: tuple[str, ...]
@@ -74,6 +76,7 @@ class Wanted:
     upscale_strength: float = 0.5
     batch_size: int = 1
     low_memory: bool = False
+    compile: bool = False
 
     def problems(self) -> list[str]:
         """What cannot be done, whatever the base is."""
@@ -101,6 +104,8 @@ class Wanted:
             )
         if self.depth_model is not None and self.control_from != DEPTH:
             found.append("a depth model is given, but no picture to estimate: write --control depth:PICTURE.")
+        if self.compile and self.low_memory:
+            found.append("compile is for networks that stay in place, and low_memory moves them; choose one.")
         if self.refiner is not None and not 0 < self.refiner[1] < 1:
             found.append(f"refiner=...@{self.refiner[1]:g} must start above 0 and below 1; 0.8 is usual.")
         given = {name: getattr(self, name) is not None for name in (*ROLES, "controlnet")}

@@ -21,8 +21,6 @@ from finetune.objectives import NoiseShape, Objective, build_objective
 from finetune.training import sharding
 from finetune.training.trackers import missing
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Names of number formats in configurations."""
 _AUTOCAST = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -85,6 +83,16 @@ def _launcher_problems() -> list[str]:
         "small. Run `accelerate launch --multi_gpu ...` (DDP), or, where the frozen base does not fit on each GPU, "
         "`accelerate launch --use_fsdp --fsdp_version 2 ...` (FSDP2), which splits it as ZeRO-3 would."
         for name in asked
+    ]
+
+
+def emulated(dtype: str) -> list[str]:
+    """What is wrong with a number format that this GPU only emulates; nothing for one that it computes in."""
+    if dtype != "bf16" or not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False):
+        return []
+    return [
+        f"model.dtype=bf16 on a {torch.cuda.get_device_name()}, which does not compute in it: torch emulates it, many "
+        "times slower than fp16"
     ]
 
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
-from functools import partial
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from data_tools.images import SUFFIXES
+from data_tools.names import suffix
 from data_tools.scan import Problem
+from data_tools.shelves import Shelf, distinct
 from finetune.config import DataConfig, PriorConfig, Run
 from finetune.data import prior
 from finetune.data.batch import Collator, Variation
@@ -25,15 +30,17 @@ from finetune.data.dataset import (
     check_trigger,
     load_pictures,
     long_captions,
+    shelf,
 )
 from finetune.data.folder import check_folder
 from finetune.data.holes import HoleCache
 from finetune.data.pixels import to_values
 from finetune.data.split import overlap, split_holdout
 from finetune.data.store import Store
-from finetune.data.views import Augment, View, plain
+from finetune.data.training_size import training_size
+from finetune.data.views import Augment, View
 from finetune.devices import on_device
-from finetune.errors import ConfigError, DataError
+from finetune.errors import DataError
 from finetune.families import Components, Conditioning, Latents, ModelFamily
 from finetune.tracking import Reporter, count_only
 from finetune.training.build import noise_shape
@@ -55,22 +62,24 @@ class Pictures:
         holdout: subject pictures that are only validated on: set aside, or from validation.folder.
         problems: warnings and notes of the scan and of the split.
         generated: class pictures rendered just now.
+        origins: what rendered class pictures count as; see `prior.origins`.
     """
 
-    training: list[Picture]
-    holdout: list[Picture]
+    training: Sequence[Picture]
+    holdout: Sequence[Picture]
     problems: list[Problem]
     generated: int
+    origins: Mapping[str, str] = field(default_factory=dict)
 
-    @property
-    def subject(self) -> list[Picture]:
+    @cached_property
+    def subject(self) -> Sequence[Picture]:
         """The subject's pictures that are trained on."""
-        return [p for p in self.training if not p.is_class]
+        return shelf(p for p in self.training if not p.is_class)
 
     @property
-    def all(self) -> list[Picture]:
+    def all(self) -> Iterator[Picture]:
         """Everything that has to be encoded."""
-        return [*self.training, *self.holdout]
+        return chain(self.training, self.holdout)
 
 
 def background_colour(text: str) -> Colour:
@@ -80,14 +89,7 @@ def background_colour(text: str) -> Colour:
 
 def build_cut(data: DataConfig, family: ModelFamily, components: Components) -> Cut:
     """How pictures are cut for this base: its own resolution unless the run names one."""
-    resolution = data.resolution or family.native_resolution(components)
-    small = resolution <= family.bucket_multiple * 4
-    multiple = family.smallest_multiple(components) if small else family.bucket_multiple
-    if resolution % multiple:
-        raise ConfigError(
-            f"data.resolution={resolution} is no multiple of {multiple} pixels, in which {family.name} buckets grow; "
-            f"use {resolution // multiple * multiple} or {(resolution // multiple + 1) * multiple}."
-        )
+    resolution, multiple = training_size(family, components, data.resolution)
     holes = family.repaints(components.denoiser.config)
     return Cut(resolution, multiple, data.upscale, background_colour(data.background), holes)
 
@@ -108,22 +110,25 @@ def build_pictures(run: Run, cut: Cut, reporter: Reporter) -> Pictures:
     held, more = _scanned("validation.folder", run.validation.folder, cut, reading, reporter)
     check_trigger(held, caption_rules(data), data.caption_variants)
     # keep: a picture of the same name is trained on; questions about it are keyed apart.
-    held = [replace(p, key=f"validation/{p.key}") for p in held if not p.is_class]
+    held = shelf(replace(p, key=f"validation/{p.key}") for p in held if not p.is_class)
     return Pictures(pictures, held, [*problems, *more, *overlap(pictures, held)], 0)
 
 
-def check_words(pictures: list[Picture], words: list[str]) -> None:
+def check_words(pictures: Iterable[Picture], words: list[str]) -> None:
     """Every learned word must stand in a caption of the subject, or nothing would teach it.
 
     Raises:
         DataError: naming each word that no caption holds.
     """
-    captions = [caption for picture in pictures if not picture.is_class for caption in picture.captions]
+    first, missing = None, words
+    for caption in (caption for p in (pictures if words else ()) if not p.is_class for caption in p.captions):
+        first = caption if first is None else first
+        missing = [word for word in missing if word not in caption]
     problems = [
-        f"no caption holds {word}; the first is {captions[0]!r}: write the word where the subject is, e.g. with "
+        f"no caption holds {word}; the first is {first!r}: write the word where the subject is, e.g. with "
         f'data.captions=template and data.caption_template="a photo of {word}"'
-        for word in words
-        if captions and not any(word in caption for caption in captions)
+        for word in missing
+        if first is not None
     ]
     if problems:
         raise DataError("Some words of tokens.words would not be learned:", problems)
@@ -131,9 +136,9 @@ def check_words(pictures: list[Picture], words: list[str]) -> None:
 
 def _scanned(
     field: str, folder: Path, cut: Cut, reading: Reading, reporter: Reporter
-) -> tuple[list[Picture], list[Problem]]:
+) -> tuple[Shelf[Picture], list[Problem]]:
     check_folder(field, folder)
-    total = sum(path.suffix.lower() in SUFFIXES for path in folder.rglob("*"))
+    total = sum(suffix(name) in SUFFIXES for _, _, names in os.walk(folder) for name in names)
     with reporter.progress(f"Checking {field}", total) as advance:
         return load_pictures(folder, cut, reading, progress=count_only(advance))
 
@@ -181,8 +186,8 @@ def variation_rows(run: Run, cut: Cut, pictures: Pictures) -> list[tuple[str, st
             "new in every draw, for the text encoder is trained" if run.text_encoder_adapter is not None
             else f"up to {data.caption_variants} texts per caption, encoded once, for the text encoders are frozen"
         )  # fmt: skip
-    masked = [p for p in pictures.training if p.mask]
-    masks = f"{len(masked)} of {len(pictures.training)} pictures; outside counts {data.unmasked_weight:g}"
+    masked = sum(p.mask is not None for p in pictures.training)
+    masks = f"{masked} of {len(pictures.training)} pictures; outside counts {data.unmasked_weight:g}"
     rows = (("Pictures vary", ", ".join(shown)), ("Captions vary", ", ".join(said)), ("Masks", masks if masked else ""))
     return [(label, value) for label, value in rows if value]
 
@@ -207,8 +212,9 @@ def add_class_pictures(
     reading = Reading(template=prompt, class_weight=config.prior_loss_weight, is_class=True, mask="off")
     others, problems = load_pictures(folder, cut, reading)
     warnings = [p for p in problems if p.severity == "warning"]
-    training = [*pictures.training, *prior.chosen(others, config.images - len(own))]
-    return Pictures(training, pictures.holdout, [*pictures.problems, *warnings], generated)
+    training = shelf(chain(pictures.training, prior.chosen(others, config.images - len(own))))
+    noted = [*pictures.problems, *warnings]
+    return Pictures(training, pictures.holdout, noted, generated, prior.origins(folder))
 
 
 def build_collator(
@@ -230,7 +236,7 @@ def build_collator(
         pictures.training, latents, partial(family.tokenize, components.tokenizers), variation(run, cut),
         seed=run.train.seed, masks=masks, holes=holes,
     )  # fmt: skip
-    views = [*collator.views(), *(plain(p) for p in pictures.holdout)]
+    views = collator.views(pictures.holdout)
     if masks is not None:
         _prepare_masks(masks, views, run.data.unmasked_weight, reporter)
     with on_device([vae], device):
@@ -243,10 +249,9 @@ def build_collator(
         reporter.warn(line)
     if run.trains_text():
         return collator
-    texts = [*collator.captions(), *(collator.caption_of(p) for p in pictures.holdout)]
-    if run.objective.teacher is not None:
-        texts += run.objective.teacher.prompts
-    return collator.with_text(_encode_captions(folder, texts, family, components, device, reporter))
+    prompts = run.objective.teacher.prompts if run.objective.teacher is not None else ()
+    texts = chain(collator.captions(), (collator.caption_of(p) for p in pictures.holdout), prompts)
+    return collator.with_text(_encode_captions(folder, Shelf(distinct(texts)), family, components, device, reporter))
 
 
 @torch.no_grad()
@@ -261,7 +266,7 @@ def encoded_at_once(area: int) -> int:
 
 
 def _fill_latents(
-    cache: LatentCache | HoleCache, views: list[View], encode: Encode, what: str, reporter: Reporter
+    cache: LatentCache | HoleCache, views: Sequence[View], encode: Encode, what: str, reporter: Reporter
 ) -> None:
     with reporter.progress(what, len(views)) as advance:
         largest = max((view.placement.bucket[0] * view.placement.bucket[1] for view in views), default=1)
@@ -269,7 +274,7 @@ def _fill_latents(
     _tell_damage(cache.store, reporter)
 
 
-def _prepare_masks(masks: MaskCache, views: list[View], unmasked_weight: float, reporter: Reporter) -> None:
+def _prepare_masks(masks: MaskCache, views: Sequence[View], unmasked_weight: float, reporter: Reporter) -> None:
     with reporter.progress("Preparing masks", len(views)) as advance:
         masks.prepare(views, Filling(64, count_only(advance), reporter.warn), may_be_empty=unmasked_weight > 0)
     _tell_damage(masks.store, reporter)
@@ -280,12 +285,12 @@ def _prepare_masks(masks: MaskCache, views: list[View], unmasked_weight: float, 
 
 
 def _encode_captions(
-    folder: Path, texts: list[str], family: ModelFamily, components: Components, device: torch.device,
+    folder: Path, texts: Sequence[str], family: ModelFamily, components: Components, device: torch.device,
     reporter: Reporter,
 ) -> TextCache:  # fmt: skip
     cache = TextCache(folder, text_digest(family, components), partial(family.tokenize, components.tokenizers))
     encoders = list(components.text_encoders.values())
-    with reporter.progress("Encoding captions", len(set(texts))) as advance, on_device(encoders, device):
+    with reporter.progress("Encoding captions", len(texts)) as advance, on_device(encoders, device):
         filling = Filling(CAPTIONS_AT_ONCE, count_only(advance), reporter.warn)
         cache.prepare(texts, partial(_describe, family, components, device), filling)
     _tell_damage(cache.store, reporter)

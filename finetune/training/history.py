@@ -15,12 +15,12 @@ class Validated:
     Attributes:
         step: optimizer steps before it.
         value: loss over the base model's.
-        error: its standard error.
+        error: its standard error; None if unknown.
     """
 
     step: int
     value: float
-    error: float
+    error: float | None
 
 
 class History:

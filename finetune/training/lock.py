@@ -83,6 +83,8 @@ def _take(folder: Path) -> int:
             raise
         # keep: a refused run has removed the file that was just locked; another may lie there now.
         os.close(descriptor)
+    if not folder.is_dir():
+        raise StorageError(f"{folder} cannot be made there.", ["choose another output_dir."])
     raise StorageError(
         f"{folder} cannot be locked: its {LOCK_FILE} goes away again and again.",
         ["see what removes it, or choose another output_dir."],

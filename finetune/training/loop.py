@@ -1,4 +1,11 @@
-"""Step after step: draw, train, and do what is due after it. What is built for it stands in `Loop`."""
+"""Step after step: draw, train, and do what is due after it. What is built for it stands in `Loop`.
+
+    data/sampler.py     which pictures the step gets, and the number of each draw
+    data/batch.py       Collator: their latents, captions, noise and quantiles, as batches
+    training/step.py    noise the latents, ask the model, weigh the losses, move the parameters; in it
+    objectives/         which noise level a quantile is, what the right answer is, what a wrong one costs
+    training/meter.py   gathers what the step measured on the device, and reads it when a line is due
+"""
 
 from __future__ import annotations
 
@@ -232,7 +239,9 @@ def validate(loop: Loop) -> dict[str, Any]:
         ratio = broadcast_object_list([ratio], from_process=0)[0]
     loop.validation = ratio
     bands = {f"validation/{band}": value for band, value in zip(BANDS, ratio.bands, strict=False)}
-    return {"validation/loss": ratio.loss, "validation/ratio": ratio.value, "validation/error": ratio.error, **bands}
+    error = {} if ratio.error is None else {"validation/error": ratio.error}
+    plain = {} if ratio.plain is None else {"validation/plain_ratio": ratio.plain}
+    return {"validation/loss": ratio.loss, "validation/ratio": ratio.value, **error, **plain, **bands}
 
 
 def _record(loop: Loop, log: MetricsLog | None, step: int, values: dict[str, Any]) -> None:

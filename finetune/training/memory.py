@@ -3,7 +3,8 @@
 A step is played on the meta device, where tensors have shapes and no content: every tensor that a forward and backward
 pass creates is counted while it lives, so the peak is exact up to what an accelerator adds for itself (context, caches
 of its allocator, workspaces of its kernels; about half a GB on CUDA). Attention counts as its memory-efficient kernels
-do: queries, keys, values, the answer and one number per query, never the whole matrix.
+do: queries, keys, values, the answer and one number per query, never the whole matrix. Where the base is held in 16
+bits, the step is played as under autocast: norms compute in fp32, and every layer casts what it is given.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def step_bytes(model: nn.Module, forward: Callable[[nn.Module], Tensor]) -> int:
     """The most bytes that live at once in a forward and backward pass, besides the parameters."""
     twin = on_meta(model)
     twin.train()
-    with _Living((*twin.parameters(), *twin.buffers())) as living, _thrifty_attention():
+    with _Living((*twin.parameters(), *twin.buffers())) as living, _as_on_cuda(compute_dtype(model)):
         forward(twin).backward()
     return living.peak
 
@@ -98,26 +99,28 @@ def step_bytes(model: nn.Module, forward: Callable[[nn.Module], Tensor]) -> int:
 def pass_bytes(model: nn.Module, forward: Callable[[nn.Module], Any]) -> int:
     """The most bytes that live at once in a forward pass without gradients, besides the parameters."""
     twin = on_meta(model).eval()
-    with torch.no_grad(), _Living((*twin.parameters(), *twin.buffers())) as living, _thrifty_attention():
+    there = (*twin.parameters(), *twin.buffers())
+    with torch.no_grad(), _Living(there) as living, _as_on_cuda(compute_dtype(model)):
         forward(twin)
     return living.peak
 
 
 def on_meta(model: nn.Module) -> nn.Module:
-    """A copy without content; nothing of the original is copied.
-
-    What is trained takes the number format of the frozen part, as its copies in autocast do.
-    """
-    frozen = Counter(p.dtype for p in model.parameters() if not p.requires_grad and p.dtype.is_floating_point)
-    dtype = frozen.most_common(1)[0][0] if frozen else torch.float32
+    """A copy without content; nothing of the original is copied."""
     twins: dict[int, Any] = {}
     for parameter in model.parameters():
-        wanted = dtype if parameter.requires_grad else parameter.dtype
-        empty = torch.empty(parameter.shape, dtype=wanted, device=META)
+        empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=META)
         twins[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
     for buffer in model.buffers():
         twins[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype, device=META)
     return copy.deepcopy(model, twins)
+
+
+def compute_dtype(model: nn.Module) -> torch.dtype:
+    """What a network's layers compute in: the format of its frozen weights, where that is more than storage."""
+    frozen = (p for p in model.parameters() if not p.requires_grad)
+    counts = Counter(p.dtype for p in frozen if p.dtype.is_floating_point and p.dtype.itemsize > 1)
+    return counts.most_common(1)[0][0] if counts else torch.float32
 
 
 def optimizer_bytes(config: OptimizerConfig, shapes: Iterable[tuple[int, ...]]) -> int:
@@ -165,17 +168,34 @@ class _Living(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def _thrifty_attention() -> Iterator[None]:
-    """Attention with the memory of the kernels that accelerators have; on meta torch would make the whole matrix.
+def _as_on_cuda(dtype: torch.dtype) -> Iterator[None]:
+    """Attention with the memory of the kernels that accelerators have, for which torch would make the whole matrix on
+    meta; and what autocast to `dtype` does, which meta does not have: layers cast their inputs, norms compute in fp32.
 
-    The function itself is replaced, for what gradient checkpointing computes again runs outside any function mode.
+    The functions themselves are replaced: what gradient checkpointing computes again runs outside any function mode.
     """
-    real = nn.functional.scaled_dot_product_attention
-    nn.functional.scaled_dot_product_attention = _attention
+    formats = {"linear": dtype, "conv2d": dtype, "group_norm": torch.float32, "layer_norm": torch.float32}
+    real = {name: getattr(nn.functional, name) for name in (*formats, "scaled_dot_product_attention")}
+    mixed = dtype != torch.float32
+    played = {name: _casting(real[name], formats[name]) for name in formats} if mixed else {}
+    played["scaled_dot_product_attention"] = _casting(_attention, dtype) if mixed else _attention
     try:
+        for name, function in played.items():
+            setattr(nn.functional, name, function)
         yield
     finally:
-        nn.functional.scaled_dot_product_attention = real
+        for name, function in real.items():
+            setattr(nn.functional, name, function)
+
+
+def _casting(function: Callable[..., Tensor], dtype: torch.dtype) -> Callable[..., Tensor]:
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    def played(*arguments: Any, **named: Any) -> Tensor:
+        return function(*map(cast, arguments), **{name: cast(value) for name, value in named.items()})
+
+    return played
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **settings: Any) -> Tensor:

@@ -153,6 +153,7 @@ class Meter:
         warnings = self._not_finite(bad, names) if bad else []
         if self._policy.on_spike != "ignore":
             warnings += self._spikes([step for i, step in enumerate(self._steps) if i not in bad])
+        self._require_scale()
         good = rows[[i for i in range(len(rows)) if i not in bad]]
         loss, norm, _, teacher = good.mean(0).tolist() if len(good) else [math.nan] * 4
         values = {"loss": loss, "grad_norm": norm}
@@ -164,6 +165,18 @@ class Meter:
         self._steps = []
         self.start()
         return Reading(values, warnings)
+
+    def _require_scale(self) -> None:
+        """fp16 skips a step whose scaled gradient overflows and halves the scale, which must come to an end."""
+        scaler = self._accelerator.scaler
+        if scaler is not None and scaler.get_scale() < 1:
+            raise NumericError(
+                "The gradient overflows in fp16 in every step, however little the loss is scaled: nothing is learned.",
+                [
+                    "lower optimizer.learning_rate, or train another run with model.dtype=fp32, or with bf16 where the "
+                    "GPU computes in it"
+                ],
+            )
 
     def _not_finite(self, bad: Sequence[int], names: Callable[[int], list[str]]) -> list[str]:
         self._tolerated += len(bad)
@@ -209,16 +222,20 @@ class Meter:
 
     def _everywhere(self, steps: Sequence[_Step]) -> list[_Asked]:
         """The pictures of these steps over all processes, in an order that does not know of processes."""
-        asked = [picture for step in steps for picture in _pictures(step)]
+        asked = _pictures(steps)
         if self._accelerator.num_processes > 1:
             asked = gather_object(asked)
         return sorted(asked)
 
 
-def _pictures(step: _Step) -> list[_Asked]:
+def _pictures(steps: Sequence[_Step]) -> list[_Asked]:
     """This process's pictures that count, with their loss before its weight."""
+    parts = [losses for step in steps for losses in step.losses]
+    # keep: all at once, for each copy from the device waits for it.
+    left = iter(torch.cat(parts).tolist() if parts else ())
     rows = []
-    for losses, quantiles, weights, names in zip(step.losses, step.quantiles, step.weights, step.names, strict=True):
-        values = zip(names, quantiles.tolist(), losses.tolist(), weights.tolist(), strict=True)
-        rows += [_Asked(step.number, quantile, name, loss) for name, quantile, loss, weight in values if weight > 0]
+    for step in steps:
+        for quantiles, weights, names in zip(step.quantiles, step.weights, step.names, strict=True):
+            values = zip(names, quantiles.tolist(), left, weights.tolist(), strict=False)
+            rows += [_Asked(step.number, quantile, name, loss) for name, quantile, loss, weight in values if weight > 0]
     return rows

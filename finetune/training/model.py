@@ -20,6 +20,14 @@ class TrainableModel(nn.Module):
         self.denoiser = denoiser
         self.text_encoders = nn.ModuleDict(dict(text_encoders))
 
+    def train(self, mode: bool = True) -> TrainableModel:
+        """See `nn.Module.train`; a text encoder that is frozen stays as it encodes for the cache: T5 has dropout."""
+        super().train(mode)
+        for encoder in self.text_encoders.values():
+            if not any(parameter.requires_grad for parameter in encoder.parameters()):
+                encoder.eval()
+        return self
+
     def forward(
         self,
         noisy_latents: Tensor,

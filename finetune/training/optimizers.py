@@ -7,7 +7,6 @@ the library's own; `optimizer.options` reaches every one of them. Any other clas
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import inspect
 import io
 import sys
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from finetune.by_path import import_by_path
+from finetune.by_path import import_by_path, source_digest
 from finetune.config import OptimizerConfig
 from finetune.errors import ConfigError, nearest
 from finetune.training import eight_bit
@@ -201,10 +200,9 @@ def own_code(name: str) -> dict[str, str]:
     if name in OPTIMIZERS:
         return {}
     module, _, own = name.rpartition(".")
-    file = inspect.getsourcefile(_class(module, own, None))
-    if file is None or INSTALLED & set(Path(file).parts):
-        return {}
-    return {name: hashlib.sha256(Path(file).read_bytes()).hexdigest()}
+    found = _class(module, own, None)
+    file = inspect.getsourcefile(found)
+    return {} if file is None or INSTALLED & set(Path(file).parts) else {name: source_digest(found)}
 
 
 def set_learning_rate(optimizer: Optimizer, factor: float) -> None:

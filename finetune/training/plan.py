@@ -58,7 +58,7 @@ def step_rows(
         ("Steps", f"{run.train.steps}, up to {counted(per_step, 'picture')} each ("
                   f"{run.train.batch_size} per pass{times}"
                   f"{f' x {accumulation} passes' if accumulation > 1 else ''})"),
-        ("Epochs", f"{epochs:.1f} of {batches} passes"),
+        ("Epochs", f"{epochs:.1f}, each {counted(batches, 'pass', 'passes')}"),
         ("Optimizer", f"{optimizer.resolved}, learning rate {rates}, {run.optimizer.schedule}"
                       + (f", {counted(warmup, 'warm-up step')}" if warmup else "")),
         ("Gradient checkpointing", checkpointing),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import statistics
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -16,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from data_tools.errors import counted
+from data_tools.images import SUFFIXES
 from finetune.config import Run
 from finetune.data.dataset import Picture, dataset_changes, fingerprint
 from finetune.data.sampler import Item, Sampler
-from finetune.families.base import Conditioning, ModelFamily, SizeConditioning
+from finetune.families.base import Conditioning, SizeConditioning
 from finetune.families.frozen import host_bytes
 from finetune.tracking import Reporter, Rows
 from finetune.training import build, plan, preflight, resume, setup
@@ -35,6 +37,7 @@ from finetune.training.setup import Loaded
 DOCUMENTS = 100_000
 """Bytes of a checkpoint's documents, roughly."""
 GIB = 2**30
+Told = tuple[Conditioning | None, dict[str, Tensor] | None]
 
 
 def plan_run(run: Run, reporter: Reporter, measure: int = 0) -> None:
@@ -49,17 +52,18 @@ def plan_run(run: Run, reporter: Reporter, measure: int = 0) -> None:
     accelerator, dtype = build.build_accelerator(run.model.dtype, run.train.trackers)
     rehearse(run.optimizer, accelerator.device)
     loaded = setup.load(run, dtype, reporter, fresh=found is None)
-    optimizer = build_optimizer(run.optimizer, loaded.adapters.parameter_groups(), torch.device("cpu"))
+    optimizer = build_optimizer(run.optimizer, loaded.adapters.parameter_groups(), accelerator.device)
     processes = accelerator.num_processes
     sampler = Sampler(_items(run, loaded), run.train.batch_size * processes, run.train.seed)
     rows = [("Base model", f"{loaded.components.source} ({loaded.family.name}), {dtype} on {accelerator.device.type}")]
     rows += [*plan.data_rows(run, loaded.cut, loaded.pictures), *_class_rows(run), *loaded.adapters.describe()]
     rows += plan.step_rows(run, sampler, processes, optimizer, loaded.adapters.told_rates())
+    rows += loaded.exports
     if found is not None:
         rows.append(("There already", _already(run, found, loaded)))
     reporter.table("Plan", rows)
     plan.tell_problems(reporter, loaded.pictures)
-    for note in optimizer.notes:
+    for note in [*build.emulated(dtype), *optimizer.notes]:
         reporter.warn(note)
     reporter.table("Memory of one process", memory_rows(run, loaded, accelerator.device, program))
     reporter.table("Disk", disk_rows(run, loaded))
@@ -74,21 +78,23 @@ def plan_run(run: Run, reporter: Reporter, measure: int = 0) -> None:
 
 def _already(run: Run, found: Found, loaded: Loaded) -> str:
     """What `finetune train` will do with the run that is there."""
-    changes = dataset_changes(found.documents["dataset"], fingerprint(loaded.pictures.training))
+    # keep: a plan does not read the class folder.
+    before = {key: value for key, value in found.documents["dataset"].items() if not key.startswith("class/")}
+    changes = dataset_changes(before, fingerprint(loaded.pictures.training))
     if changes:
         return f"{found.path.name}; `finetune train` refuses it, for the pictures have changed: {'; '.join(changes)}"
     left = run.train.steps - found.state.step
     return f"{found.path.name}; `finetune train` goes on from it, {counted(left, 'step')} left"
 
 
-def _items(run: Run, loaded: Loaded) -> list[Item]:
+def _items(run: Run, loaded: Loaded) -> Iterator[Item]:
     """What the sampler will see, class pictures that are still to be rendered included."""
-    items = [picture.item() for picture in loaded.pictures.training]
-    if run.data.prior is None:
-        return items
-    subject = [item for item in items if not item.is_class]
-    missing = max(0, run.data.prior.images - (len(items) - len(subject)))
-    return items + [replace(subject[i % len(subject)], repeats=1, is_class=True) for i in range(missing)]
+    pictures = loaded.pictures
+    yield from (picture.item() for picture in pictures.training)
+    if run.data.prior is not None:
+        missing = max(0, run.data.prior.images - (len(pictures.training) - len(pictures.subject)))
+        rendered = (pictures.subject[i % len(pictures.subject)].item() for i in range(missing))
+        yield from (replace(item, repeats=1, is_class=True) for item in rendered)
 
 
 def _class_rows(run: Run) -> Rows:
@@ -96,8 +102,8 @@ def _class_rows(run: Run) -> Rows:
     if prior is None:
         return plan.teacher_rows(run)
     folder = prior.folder or run.output_dir / "class_images"
-    have = sum(path.is_file() for path in folder.iterdir()) if folder.is_dir() else 0
-    there = f"{counted(have, 'file is', 'files are')} in {folder}"
+    have = sum(path.suffix.lower() in SUFFIXES for path in folder.iterdir()) if folder.is_dir() else 0
+    there = f"{have} of them in {folder}"
     return [("Class", f"{counted(prior.images, 'picture')}, weight {prior.prior_loss_weight:g}; {there}")]
 
 
@@ -109,13 +115,10 @@ def memory_rows(run: Run, loaded: Loaded, device: torch.device, program: int) ->
     """
     model = setup.trainable(run, loaded)
     largest = max(loaded.pictures.training, key=lambda p: p.placement.bucket[0] * p.placement.bucket[1])
-    vae = loaded.components.vae
-    assert vae is not None, "the autoencoder is loaded with the base"
     try:
-        encoding = _encoding_bytes(loaded.family, vae, largest.placement.bucket)
-        memory = predict(
-            model, partial(_forward, run, loaded, largest), run.optimizer, mean=run.train.ema_decay is not None
-        )
+        encoding = max(_encoding_bytes(loaded, largest.placement.bucket), _reading_bytes(run, loaded))
+        step = _pass(run, loaded, largest, run.train.batch_size)
+        memory = predict(model, step, run.optimizer, mean=run.train.ema_decay is not None)
     except RuntimeError as error:
         return [("Not predicted", f"this base cannot be played without its content: {str(error).splitlines()[0]}")]
     return [*_memory_table(memory, encoding, device, program), *_host_rows(run, loaded.components.denoiser)]
@@ -129,11 +132,21 @@ def _host_rows(run: Run, denoiser: nn.Module) -> Rows:
     return [("Base in main memory", cost)] if size else []
 
 
-def _encoding_bytes(family: ModelFamily, vae: nn.Module, bucket: tuple[int, int]) -> int:
+def _encoding_bytes(loaded: Loaded, bucket: tuple[int, int]) -> int:
     """The autoencoder at work, at its peak."""
+    family, vae = loaded.family, loaded.components.vae
+    assert vae is not None, "the autoencoder is loaded with the base"
     pixels = torch.empty(encoded_at_once(bucket[0] * bucket[1]), 3, *bucket, device=META)
-    weights = sum(tensor.nbytes for tensor in (*vae.parameters(), *vae.buffers()))
-    return weights + pass_bytes(vae, lambda twin: family.encode_images(twin, pixels))
+    return _weight_bytes(vae) + pass_bytes(vae, lambda twin: family.encode_images(twin, pixels))
+
+
+def _reading_bytes(run: Run, loaded: Loaded) -> int:
+    """The text encoders that encode captions before training; what their passes add is little beside them."""
+    return 0 if run.trains_text() else sum(map(_weight_bytes, loaded.components.text_encoders.values()))
+
+
+def _weight_bytes(network: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
 
 
 def _memory_table(memory: Memory, encoding: int, device: torch.device, program: int) -> Rows:
@@ -149,7 +162,7 @@ def _memory_table(memory: Memory, encoding: int, device: torch.device, program: 
         ("Activations and gradients", f"{_size(memory.step)} at the peak, counted on the meta device"),
         ("The accelerator itself" if on_card else "Python and its libraries", f"{_size(overhead)}, roughly"),
         ("Together", _size(memory.total() + overhead)),
-        ("Encoding pictures, before", _size(encoding + beside)),
+        ("Encoding, before", _size(encoding + beside)),
     ]
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
@@ -157,9 +170,14 @@ def _memory_table(memory: Memory, encoding: int, device: torch.device, program: 
     return rows
 
 
-def _forward(run: Run, loaded: Loaded, picture: Picture, model: nn.Module) -> Tensor:
-    """The loss of one pass of a full batch of the largest pictures, without content."""
-    count, dtype = run.train.batch_size, next(p.dtype for p in loaded.components.denoiser.parameters())
+def _pass(run: Run, loaded: Loaded, picture: Picture, count: int) -> Callable[[nn.Module], Tensor]:
+    """One pass of `count` of the largest pictures, without content; what they are told is there before."""
+    return partial(_forward, loaded, picture, count, _text(run, loaded, count))
+
+
+def _forward(loaded: Loaded, picture: Picture, count: int, told: Told, model: nn.Module) -> Tensor:
+    """The loss of one pass."""
+    dtype = next(p.dtype for p in loaded.components.denoiser.parameters())
     vae = loaded.components.vae
     assert vae is not None, "the autoencoder is loaded with the base"
     stride = loaded.family.vae_stride(vae)
@@ -169,7 +187,7 @@ def _forward(run: Run, loaded: Loaded, picture: Picture, model: nn.Module) -> Te
     objective = loaded.objective.to(META)
     timesteps = objective.timesteps(torch.empty(count, device=META))
     pairs = torch.empty(count, 2, dtype=torch.long, device=META)
-    conditioning, tokens = _text(run, loaded, count)
+    conditioning, tokens = told
     noisy = objective.add_noise(latents, latents, timesteps).to(dtype)
     beside = loaded.family.input_channels(loaded.components.denoiser) - channels
     shown = torch.nn.functional.pad(noisy, (0, 0, 0, 0, 0, beside))
@@ -177,7 +195,8 @@ def _forward(run: Run, loaded: Loaded, picture: Picture, model: nn.Module) -> Te
     return objective.loss(answer.float(), latents, latents, timesteps).mean()
 
 
-def _text(run: Run, loaded: Loaded, count: int) -> tuple[Conditioning | None, dict[str, Tensor] | None]:
+def _text(run: Run, loaded: Loaded, count: int) -> Told:
+    """Captions without content, encoded or as tokens, as they lie on the device before the step."""
     ids = loaded.family.tokenize(loaded.components.tokenizers, ["a"] * count)
     tokens = {name: tensor.to(META) for name, tensor in ids.items()}
     if run.trains_text():
@@ -201,12 +220,16 @@ def disk_rows(run: Run, loaded: Loaded) -> Rows:
 
 
 def _measured(run: Run, reporter: Reporter, count: int) -> Rows:
-    """Time `count` real steps after one that warms up; they are thrown away, encoded pictures stay in the cache."""
+    """Time `count` real steps after one that warms up; they are thrown away, rendered and encoded pictures stay."""
+    begun = time.perf_counter()
     with hold(run.output_dir):
         accelerator, dtype = build.build_accelerator(run.model.dtype, ())
         loop, _ = setup.build_loop(run, accelerator, dtype, reporter, fresh=True)
+    prepared, drawn = time.perf_counter() - begun, loop.pictures.generated
     loop.model.train()
     cuda = accelerator.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(accelerator.device)
     seconds, rate_at = [], learning_rates(run.optimizer, run.train.steps)
     with reporter.progress("Measuring steps", count + 1) as advance:
         for step in range(count + 1):
@@ -217,7 +240,9 @@ def _measured(run: Run, reporter: Reporter, count: int) -> Rows:
             seconds.append(time.perf_counter() - started)
             advance(step + 1, f"{seconds[-1]:.2f} s")
     typical = statistics.median(seconds[1:])
+    rendering = f", render {counted(drawn, 'class picture')}" if drawn else ""
     rows = [
+        ("Before the first step", f"{_duration(prepared)} to load{rendering} and encode what was not there yet"),
         ("One step", f"{typical:.3f} s, the median of {count}"),
         ("All steps", f"{_duration(typical * run.train.steps)} for {run.train.steps}, without validation and samples"),
     ]

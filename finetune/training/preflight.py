@@ -7,10 +7,14 @@ import shutil
 from pathlib import Path
 
 from finetune.adapters import AdapterSet
+from finetune.adapters.beside import peft_problems
 from finetune.config import Run
 from finetune.data.folder import check_folder, check_output
 from finetune.errors import ConfigError
+from finetune.interchange.carrying import automatic, check_formats, left_out
+from finetune.interchange.names import Architecture
 from finetune.objectives import own
+from finetune.tracking import Rows
 from finetune.training import sharding
 from finetune.training.checkpoint import check_room, clean
 
@@ -46,7 +50,7 @@ def check(run: Run) -> None:
         ConfigError: if this run cannot be trained as it was launched.
         DataError: if the pictures are not there.
     """
-    problems = sharding.problems(run)
+    problems = [*sharding.problems(run), *peft_problems()]
     for name in ("density", "weighting", "loss"):
         path = getattr(run.objective, name)
         try:
@@ -56,8 +60,27 @@ def check(run: Run) -> None:
             problems.append(f"objective.{name}={path}: {error}.")
     if problems:
         raise ConfigError("The run cannot start:", problems)
+    check_formats(run.export.formats, run.methods())
     check_output(run.output_dir, run.data.folder)
     check_folder("data.folder", run.data.folder)
+
+
+def export_rows(run: Run, adapters: AdapterSet, names: Architecture) -> Rows:
+    """The formats that the finished adapter is exported in, for the plan.
+
+    Raises:
+        ConfigError: if export.formats has one that cannot store it.
+    """
+    file = adapters.to_file(
+        adapters.tensors(), family="", base="", base_digest="", trigger_words=(), run_digest="", step=0
+    )
+    trained = file.header.method, file.layers(), names
+    check_formats(run.export.formats, *trained)
+    formats = automatic(*trained) if run.export.formats is None else run.export.formats
+    words = ["embeddings"] if file.header.tokens and formats and "embeddings" not in formats else []
+    why = left_out(formats, *trained) if run.export.formats is None else {}
+    told = "".join(f"; not {name} ({reason})" for name, reason in why.items())
+    return [("Exports", f"{', '.join([*formats, *words]) or 'none'}{told}")]
 
 
 def checkpoint_bytes(run: Run, adapters: AdapterSet) -> int:

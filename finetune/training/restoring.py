@@ -57,7 +57,7 @@ def _check(found: Found, loop: Loop, how: Resume) -> None:
             f"The machine computes the last bits differently: {'; '.join(other)}. The run goes on, but not to the bit."
         )
     if problems:
-        advice = " (or give --accept-data-change)" if changes else ""
+        advice = " (or give --accept-data-change, in Python Resume(accept_data_change=True))" if changes else ""
         raise CheckpointError(
             f"{found.path.name} cannot be continued, because what it was trained on has changed. Restore it{advice}, "
             "or choose another output_dir:",

@@ -93,7 +93,7 @@ def refuse_other(name: str, document: dict[str, Any], run: Run) -> None:
     )
     changed = differences(before, run)
     if changed:
-        if run.train.steps > before.train.steps:
+        if run.train.steps > before.train.steps and any(line.startswith("train.steps ") for line in changed):
             finished = run.output_dir / ADAPTER_FILE
             first = "" if finished.is_file() else "finish this run as it is, then "
             changed.append(

@@ -120,7 +120,7 @@ class SampleSheets:
             prompt, own = parse_prompt(line)
             first = own.pop("seed", 0)
             for seed in range(first, first + self._samples.per_prompt):
-                jobs.append(_Job(prompt, seed, usual | own, f"{number:03d}-{seed}.png"))
+                jobs.append(_Job(prompt, seed, usual | own, _name(number, seed)))
         return jobs
 
     def _questions(self, step: int) -> dict[str, Any]:
@@ -136,17 +136,38 @@ class SampleSheets:
         return contact_sheet(rows, columns=list(self._samples.prompts), title=title)
 
     def _timeline(self, jobs: list[_Job]) -> None:
-        """samples/steps.png: the first seed of each prompt, a row per step, of many steps MOST_ROWS spread evenly."""
+        """samples/steps.png: the first seed of each prompt, a row per step, of many steps MOST_ROWS spread evenly.
+
+        Prompts that a step was not yet asked leave their places empty.
+        """
         first = jobs[:: self._samples.per_prompt]
-        whole = [
-            questions.parent
+        found = {
+            questions.parent: self._tiles(questions, first)
             for questions in sorted(self._folder.glob("step-*/questions.json"))
-            if read_json(questions) == self._questions(_step(questions.parent))
-            and all((questions.parent / job.name).is_file() for job in first)
-        ]
-        if len(whole) > 1:
-            rows = [Row(_label(folder), [_opened(folder / job.name) for job in first]) for folder in _spread(whole)]
+        }
+        shown = [folder for folder, tiles in found.items() if any(tiles)]
+        if len(shown) > 1:
+            rows = [
+                Row(_label(folder), [_opened(tile) if tile else None for tile in found[folder]])
+                for folder in _spread(shown)
+            ]
             contact_sheet(rows, columns=list(self._samples.prompts)).save(self._folder / "steps.png")
+
+    def _tiles(self, questions: Path, first: list[_Job]) -> list[Path | None]:
+        """The pictures of a step that answer today's prompts; none where they were drawn with other settings."""
+        asked, now = read_json(questions), self._questions(0)
+        if any(asked.get(name) != now[name] for name in now.keys() - {"prompts", "per_prompt", "run"}):
+            return []
+        places = {line: number for number, line in enumerate(asked["prompts"])}
+        tiles = []
+        for line, job in zip(self._samples.prompts, first, strict=True):
+            tile = questions.parent / _name(places[line], job.seed) if line in places else None
+            tiles.append(tile if tile and tile.is_file() else None)
+        return tiles
+
+
+def _name(prompt: int, seed: int) -> str:
+    return f"{prompt:03d}-{seed}.png"
 
 
 def _step(folder: Path) -> int:

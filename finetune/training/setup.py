@@ -14,11 +14,14 @@ from finetune.adapters import AdapterSet
 from finetune.config import Run
 from finetune.data.dataset import Cut, fingerprint
 from finetune.data.sampler import Sampler
+from finetune.dtypes import DTYPES
+from finetune.errors import ConfigError
 from finetune.families import Components, ModelFamily, load_model
+from finetune.interchange.live import architecture_of
 from finetune.objectives import Objective
-from finetune.run_files import dump_run
+from finetune.run_files import run_record
 from finetune.storage import write_json
-from finetune.tracking import Reporter
+from finetune.tracking import Reporter, Rows
 from finetune.training import build, build_adapters, build_data, plan, preflight, restoring, resume, sharding
 from finetune.training.build_data import Pictures
 from finetune.training.ema import Ema, Mean, ScheduleFreeMean
@@ -38,24 +41,28 @@ def prepare(run: Run, reporter: Reporter, how: resume.Resume) -> Loop:
     # keep: "auto" means another format on another GPU; a resumed run keeps the one it began with.
     began = found.documents["base"]["dtype"] if found and run.model.dtype == "auto" else run.model.dtype
     accelerator, dtype = build.build_accelerator(began, run.train.trackers)
+    if found is None and (slow := build.emulated(dtype)):
+        raise ConfigError("The run cannot start:", [f"{slow[0]}; set model.dtype=auto"])
     rehearse(run.optimizer, accelerator.device)
-    loop, cut = build_loop(run, accelerator, dtype, reporter, fresh=found is None)
+    loop, loaded = build_loop(run, accelerator, dtype, reporter, fresh=found is None)
     preflight.check_disk(run, loop.adapters)
     rows = [("Base model", f"{loop.components.source} ({loop.family.name}), {dtype} on {accelerator.device.type}")]
-    rows += [*plan.data_rows(run, cut, loop.pictures), *plan.teacher_rows(run), *loop.adapters.describe()]
+    rows += [*plan.data_rows(run, loaded.cut, loop.pictures), *plan.teacher_rows(run), *loop.adapters.describe()]
     rates = loop.adapters.told_rates()
     rows += plan.step_rows(run, loop.sampler, accelerator.num_processes, loop.optimizer, rates)
+    rows += loaded.exports
     reporter.table("Plan", rows)
     plan.tell_problems(reporter, loop.pictures)
-    for note in [*build.launch_warnings(), *loop.optimizer.notes]:
+    for note in [*build.launch_warnings(), *build.emulated(dtype), *loop.optimizer.notes]:
         reporter.warn(note)
     if found is not None:
         for line in resume.story(found):
             reporter.warn(line)
         restoring.restore(found, loop, how)
-        reporter.note(f"Going on after step {loop.state.step} of {run.train.steps}.")
+        left = f"Resuming after step {loop.state.step} of {run.train.steps}."
+        reporter.note(left if loop.state.step < run.train.steps else "This run is finished; nothing is left to train.")
     if accelerator.is_main_process:
-        write_json(run.output_dir / "run.json", dump_run(run))
+        write_json(run.output_dir / "run.json", run_record(run))
         write_json(run.output_dir / "dataset.json", loop.documents["dataset"])
     return loop
 
@@ -70,6 +77,7 @@ class Loaded:
     cut: Cut
     adapters: AdapterSet
     pictures: Pictures
+    exports: Rows
 
 
 def load(run: Run, dtype: str, reporter: Reporter, *, fresh: bool) -> Loaded:
@@ -79,14 +87,17 @@ def load(run: Run, dtype: str, reporter: Reporter, *, fresh: bool) -> Loaded:
         fresh: whether the run begins, rather than goes on from a checkpoint.
     """
     with reporter.progress("Loading the base model", 1) as advance:
-        family, components = load_model(run.model, build.DTYPES[dtype])
+        family, components = load_model(run.model, DTYPES[dtype])
         advance(1, "")
     for note in components.notes:
         reporter.warn(note)
     objective = build.build_run_objective(run, components)
     cut = build_data.build_cut(run.data, family, components)
+    names = architecture_of(family, components)
     adapters = build_adapters.build_adapters(run, family, components, fresh=fresh)
-    return Loaded(family, components, objective, cut, adapters, build_data.build_pictures(run, cut, reporter))
+    exports = preflight.export_rows(run, adapters, names)
+    pictures = build_data.build_pictures(run, cut, reporter)
+    return Loaded(family, components, objective, cut, adapters, pictures, exports)
 
 
 def trainable(run: Run, loaded: Loaded) -> TrainableModel:
@@ -97,7 +108,9 @@ def trainable(run: Run, loaded: Loaded) -> TrainableModel:
     return TrainableModel(loaded.family, loaded.components.denoiser, trained_text)
 
 
-def build_loop(run: Run, accelerator: Accelerator, dtype: str, reporter: Reporter, *, fresh: bool) -> tuple[Loop, Cut]:
+def build_loop(
+    run: Run, accelerator: Accelerator, dtype: str, reporter: Reporter, *, fresh: bool
+) -> tuple[Loop, Loaded]:
     """Load, render missing class pictures, encode everything; a loop that stands at step 0.
 
     Args:
@@ -119,7 +132,7 @@ def build_loop(run: Run, accelerator: Accelerator, dtype: str, reporter: Reporte
     model = accelerator.prepare(whole)
     optimizer = build_optimizer(run.optimizer, adapters.parameter_groups(), device)
     sampler = Sampler(
-        [p.item() for p in pictures.training], run.train.batch_size * accelerator.num_processes, run.train.seed
+        (p.item() for p in pictures.training), run.train.batch_size * accelerator.num_processes, run.train.seed
     )
     probe = pictures.holdout or pictures.subject[:16]
     ema = Ema(adapters.named_parameters(), run.train.ema_decay, run.train.ema_power) if run.train.ema_decay else None
@@ -128,7 +141,10 @@ def build_loop(run: Run, accelerator: Accelerator, dtype: str, reporter: Reporte
         Teacher(run.objective.teacher, model, adapters, objective, collator, accelerator)
         if run.objective.teacher else None,
         sampler, collator,
-        Validator(probe, collator, objective, quantiles=run.validation.quantiles, seed=run.train.seed)
+        Validator(
+            probe, collator, objective,
+            quantiles=run.validation.quantiles, at_once=run.train.batch_size, seed=run.train.seed,
+        )
         if run.validation.every else None,
         SampleSheets(
             run.samples, family, components, adapters, cut.resolution, run.output_dir / "samples", device, run.digest()
@@ -139,7 +155,7 @@ def build_loop(run: Run, accelerator: Accelerator, dtype: str, reporter: Reporte
         Meter(accelerator, Policy(run.train.on_spike, run.train.spike_deviations, run.train.tolerate_nonfinite)),
         History(run.validation.min_improvement), pictures,
     )  # fmt: skip
-    return loop, cut
+    return loop, loaded
 
 
 def _with_class_pictures(run: Run, loaded: Loaded, device: torch.device, reporter: Reporter) -> Pictures:
@@ -164,8 +180,8 @@ def _documents(
 ) -> dict[str, Any]:  # fmt: skip
     """What a checkpoint says about where it belongs."""
     return {
-        "run": dump_run(run),
-        "dataset": fingerprint(pictures.training),
+        "run": run_record(run),
+        "dataset": fingerprint(pictures.training, pictures.origins),
         "held_out": fingerprint(pictures.holdout),
         "base": {"digest": components.digest, "schedule": build.schedule_digest(components), "dtype": dtype},
         "optimizer_class": {"resolved": optimizer.resolved},

@@ -4,6 +4,8 @@
     SIGUSR2, a file `save` in the run folder                                     save after this step, go on
     a second SIGINT, SIGTERM or SIGUSR1                                          end at once; what is saved is whole
                                                                                  (under a launcher: two seconds later)
+    any of them before the first step                                            end at once; 75 all the same, but for
+                                                                                 SIGINT
 
 Handlers only set a flag; the loop reads it between two steps, because a save inside a handler could meet a save.
 Several processes exchange what they were asked while they compute the next step, and all do it after that one.
@@ -23,6 +25,8 @@ from types import FrameType
 
 import torch
 import torch.distributed
+
+from finetune.errors import StoppedOnRequest
 
 STOP_FILE = "stop"
 SAVE_FILE = "save"
@@ -44,6 +48,7 @@ class Requests:
         stop: why to stop, in words, or None.
         save: whether to save after this step and go on.
         listening: True once the loop runs; before, a stop loses nothing and happens at once.
+        early: the signal that ended the run before, unless a person did with Ctrl-C.
     """
 
     def __init__(
@@ -58,6 +63,7 @@ class Requests:
         self.stop: str | None = None
         self.save = False
         self.listening = False
+        self.early: str | None = None
         self._folder = folder
         self._echo = ECHO_SECONDS if launched else 0.0
         self._speaking = speaking
@@ -96,6 +102,8 @@ class Requests:
             self.save = True
             return
         now = time.monotonic()
+        if not self.listening and number != signal.SIGINT:
+            self.early = signal.Signals(number).name
         if not self.listening or (self.stop is not None and now - self._heard >= self._echo):
             raise KeyboardInterrupt
         self._heard = now
@@ -138,8 +146,8 @@ class Agreement:
         return stop, save
 
 
-def part(wait_for_all: Callable[[], None], *, is_main_process: bool) -> None:
-    """Stop together: a launcher ends all processes as soon as one ends with a code, and the first may be saving yet."""
+def leave_together(wait_for_all: Callable[[], None], *, is_main_process: bool) -> None:
+    """A launcher ends all processes as soon as one ends with a code, and the first may be saving yet."""
     wait_for_all()
     if not is_main_process:
         time.sleep(PARTING_SECONDS)
@@ -150,6 +158,9 @@ def requests_from_signals(requests: Requests) -> Iterator[Requests]:
     """Let signals reach `requests` until the block ends.
 
     Handlers can only be set in the main thread; elsewhere (a notebook's worker) only files and the clock ask.
+
+    Raises:
+        StoppedOnRequest: when a scheduler's signal came before the first step.
     """
     if threading.current_thread() is not threading.main_thread():
         yield requests
@@ -157,6 +168,13 @@ def requests_from_signals(requests: Requests) -> Iterator[Requests]:
     before = {number: signal.signal(number, requests._note) for number in (*STOPPING, signal.SIGUSR2)}
     try:
         yield requests
+    except KeyboardInterrupt:
+        if requests.early is None:
+            raise
+        raise StoppedOnRequest(
+            f"Stopped before the first step of this start ({requests.early} came); whatever was rendered, encoded or "
+            "saved is kept, and the same command goes on from there."
+        ) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -35,17 +35,35 @@ class StepResult:
 
 
 Question = Callable[[Batch], Tensor]
-"""Something else that a batch is asked in the same step, e.g. by the teacher: its loss per picture, (B,)."""
+"""A second loss of the same step, per picture, (B,): the teacher's, see teacher.py."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said to a noised batch: `prediction` in fp32 and `clean` latents (B, ...), `timesteps` (B,)."""
+
+    prediction: Tensor
+    clean: Tensor
+    timesteps: Tensor
+
+    def losses(self, objective: Objective, batch: Batch) -> Tensor:
+        """Loss of every picture before `loss_weight`, (B,), fp32."""
+        return objective.loss(self.prediction, self.clean, batch.noise, self.timesteps, batch.loss_mask)
 
 
 def batch_losses(model: nn.Module, objective: Objective, batch: Batch, accelerator: Accelerator) -> Tensor:
     """Loss of every picture of a batch before `loss_weight`, (B,), fp32."""
+    return answer(model, objective, batch, accelerator).losses(objective, batch)
+
+
+def answer(model: nn.Module, objective: Objective, batch: Batch, accelerator: Accelerator) -> Answer:
+    """Noise the latents and ask the model, which sees `input_noise` where that differs from the noise it must name."""
     clean = batch.latents.sample(batch.latent_noise)
     timesteps = objective.timesteps(batch.quantiles)
     noisy = objective.add_noise(clean, batch.noise if batch.input_noise is None else batch.input_noise, timesteps)
     with accelerator.autocast():
         prediction = model(batch.shown(noisy), timesteps, batch.conditioning, batch.tokens, batch.sizes)
-    return objective.loss(prediction.float(), clean, batch.noise, timesteps, batch.loss_mask)
+    return Answer(prediction.float(), clean, timesteps)
 
 
 def training_step(
@@ -72,18 +90,18 @@ def training_step(
     Raises:
         NumericError: naming the parameters that got no gradient, for they would never learn.
     """
-    total, asked = torch.zeros((), device=accelerator.device), torch.zeros((), device=accelerator.device)
+    total, teacher = torch.zeros((), device=accelerator.device), torch.zeros((), device=accelerator.device)
     seen = []
     for i, batch in enumerate(batches):
-        share = accelerator.num_processes / batch.images_in_step
+        scale = accelerator.num_processes / batch.images_in_step
         if question is not None:
             with accelerator.no_sync(model):
-                loss = (question(batch) * batch.loss_weight).sum() * share
+                loss = (question(batch) * batch.loss_weight).sum() * scale
                 accelerator.backward(loss)
-            asked += loss.detach()
+            teacher += loss.detach()
         with nullcontext() if i == len(batches) - 1 else accelerator.no_sync(model):
             losses = batch_losses(model, objective, batch, accelerator)
-            loss = (losses * batch.loss_weight).sum() * share
+            loss = (losses * batch.loss_weight).sum() * scale
             accelerator.backward(loss)
         total += loss.detach()
         seen.append(losses.detach())
@@ -92,9 +110,9 @@ def training_step(
         raise NumericError("Parts of the adapter get no gradient and would never learn:", unreached)
     parameters = list(named.values())
     _forget_others(optimizer, parameters)
-    norm, finite = _move_parameters(parameters, optimizer, accelerator.scaler, max_grad_norm, total + asked)
+    norm, finite = _move_parameters(parameters, optimizer, accelerator.scaler, max_grad_norm, total + teacher)
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss=total, grad_norm=norm, finite=finite, teacher=asked, picture_losses=tuple(seen))
+    return StepResult(loss=total, grad_norm=norm, finite=finite, teacher=teacher, picture_losses=tuple(seen))
 
 
 def _forget_others(optimizer: torch.optim.Optimizer, moving: Sequence[nn.Parameter]) -> None:

@@ -8,10 +8,9 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from finetune.adapters import AdapterFile, AdapterSet
 from finetune.config import Run
+from finetune.devices import out_of_memory
 from finetune.errors import ResourceError, StoppedOnRequest
 from finetune.families import Components, ModelFamily
 from finetune.run_files import ADAPTER_FILE
@@ -21,7 +20,7 @@ from finetune.training import preflight, setup
 from finetune.training.lock import hold
 from finetune.training.loop import Loop, require_finite, run_loop, show_sheet, validate
 from finetune.training.resume import Resume
-from finetune.training.signals import Requests, part, requests_from_signals
+from finetune.training.signals import Requests, leave_together, requests_from_signals
 from finetune.training.trackers import start_trackers
 from finetune.training.validation import Ratio
 
@@ -38,7 +37,7 @@ class TrainResult:
         validation: the last ratio to the base model, or None when validation is off.
         judged_on: what it was measured on, in words: held-out pictures, or a probe of the training pictures.
         family: what the base is.
-        components: the base with the adapters attached and idle, on the CPU; after training with FSDP, a piece of it.
+        components: the base with the adapters attached and switched on, on the CPU; after FSDP, a piece of it.
         adapters: the live adapters.
         is_main_process: False in all but the first of several processes; only the first writes.
     """
@@ -97,7 +96,7 @@ def train(run: Run, reporter: Reporter | None = None, how: Resume | None = None)
             return _finish(loop)
         except StoppedOnRequest:
             loop.trackers.finish()
-            part(loop.accelerator.wait_for_everyone, is_main_process=loop.accelerator.is_main_process)
+            leave_together(loop.accelerator.wait_for_everyone, is_main_process=loop.accelerator.is_main_process)
             raise
         finally:
             loop.trackers.finish()
@@ -108,11 +107,13 @@ def _memory_errors() -> Iterator[None]:
     """An accelerator that is full becomes words: what to change, and that nothing saved is lost."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
         raise ResourceError(
             "The accelerator's memory is full; checkpoints are intact, and the same command goes on from the last one.",
             [
-                str(error).splitlines()[0],
+                str(error).splitlines()[0] if str(error) else "out of memory",
                 "lower train.batch_size and raise train.gradient_accumulation_steps by the same factor, set "
                 "train.gradient_checkpointing=true, or lower data.resolution; `finetune plan` predicts what fits",
             ],

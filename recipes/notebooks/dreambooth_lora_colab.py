@@ -29,7 +29,7 @@ PICTURES = "/content/drive/MyDrive/photos"  # 5 to 20 pictures of your subject
 TRIGGER = "sks"
 CLASS = "dog"
 OUTPUT = "/content/drive/MyDrive/finetune/sks-dog"  # on Drive, so that a disconnect loses nothing
-CACHE = "/content/finetune-cache"  # on Colab's own disk: fast, and made again when it is gone
+CACHE = "/content/finetune-cache"  # encoded pictures, on Colab's own disk: fast, and made again when it is gone
 STEPS = 800
 CLASS_PICTURES = 100
 HOURS = 3.5  # stop and save by yourself before Colab's patience ends; None: no limit
@@ -42,14 +42,22 @@ INSTALL_FROM = "/content/finetune"  # the toolkit: a folder you uploaded or clon
 # (`!git clone ADDRESS /content/finetune` in a cell of its own) or put its git+https address into `INSTALL_FROM`.
 
 # %%
-import importlib.util
+import importlib
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-if importlib.util.find_spec("finetune") is None:
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", INSTALL_FROM], check=True)
 IN_COLAB = "google.colab" in sys.modules
+PIP = [sys.executable, "-m", "pip", "--quiet"]
+ADDRESS = INSTALL_FROM if "://" in INSTALL_FROM else Path(INSTALL_FROM).resolve().as_uri()
+try:  # asked of pip's records: a clone that lies in the working folder can be imported, but holds nothing
+    version("finetune")
+except PackageNotFoundError:
+    subprocess.run([*PIP, "install", f"finetune[heic] @ {ADDRESS}"], check=True)
+    if IN_COLAB:  # its own may be too old for PEFT, and nothing here uses it
+        subprocess.run([*PIP, "uninstall", "--yes", "torchao"], check=True)
+    importlib.invalidate_caches()
 if IN_COLAB and "/drive/" in PICTURES + OUTPUT:
     from google.colab import drive
 
@@ -112,7 +120,6 @@ overrides = {
     "model.variant": VARIANT,
     "data.folder": PICTURES,
     "data.cache_folder": f"{CACHE}/encoded",
-    "data.prior.folder": f"{CACHE}/class-{CLASS}",
     "data.caption_template": f"a photo of {TRIGGER} {CLASS}",
     "data.trigger": TRIGGER,
     "data.prior.prompts": [f"a photo of a {CLASS}"],
@@ -136,7 +143,7 @@ from IPython.display import Image, display
 for sheet in sorted(Path(OUTPUT, "samples").glob("step-*.png")):
     print(sheet.stem)
     display(Image(filename=str(sheet)))
-print(f"validation loss over the base model's: {trained.validation.value:.3f} +- {trained.validation.error:.3f}")
+print(f"validation loss over the base model's: {trained.validation}")
 
 # %% [markdown]
 # ## 7. Export and take it home

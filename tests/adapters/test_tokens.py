@@ -172,7 +172,7 @@ def test_lengths_are_pulled_to_the_vocabularys():
         ({"words": {"<Bot>": "toy"}}, "tokens.words.<Bot>"),
         ({"words": {"<bot>": " "}}, "tokens.words.<bot>"),
         ({"words": {}}, "tokens.words"),
-        ({"words": {"<dog>": "toy"}}, "which does not stand in data.caption_template='a <bot>'"),
+        ({"words": {"<dog>": "toy"}}, "which is not in data.caption_template='a <bot>'"),
     ],
 )
 def test_words_that_cannot_be_learned_are_refused(document, tokens, expected):

@@ -13,7 +13,7 @@ from finetune import make_run, train
 from finetune.adapters import METHODS, AdapterFile
 from finetune.demo.scenes import Scene, draw
 from finetune.errors import CheckpointError, ConfigError
-from finetune.interchange.conversion import convert_adapter
+from finetune.interchange.commands import convert_adapter
 from finetune.run_files import dump_run
 from tests.conftest import command
 
@@ -106,7 +106,8 @@ def read(path: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_the_command_trains_every_method(small, tmp_path, capsys, monkeypatch, method):
     """From the configuration to a file that says what it is."""
-    small |= {"adapter": {"method": method, "rank": 4}, "text_encoder_adapter": None}
+    size = {} if method in ("ia3", "full") else {"rank": 4}
+    small |= {"adapter": {"method": method, **size}, "text_encoder_adapter": None}
     small["train"] = small["train"] | {"steps": 2}
     path = tmp_path / "run.yaml"
     path.write_text(json.dumps(small))

@@ -16,7 +16,7 @@ import torch
 
 from finetune.adapters import METHODS, AdapterFile, Shape, Target, Wish, attach, plan_layers
 from finetune.errors import UserError
-from finetune.export import FORMATS, Exported, export
+from finetune.export.exporting import FORMATS, Exported, export
 from finetune.families import load_family
 from finetune.families.base import Components, ModelFamily
 from finetune.families.text import canonical

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
+from finetune.demo.subjects import write_subject_pictures
 from finetune.demo.twin_job import twin_run
-from finetune.demo.world import write_subject_pictures
 from finetune.errors import UserError
 from finetune.export.run import export_run
 from finetune.families import FAMILIES, Choices, load_family

@@ -29,7 +29,7 @@ from PIL import Image
 from data_tools.errors import DataToolsError, RefusedError
 from data_tools.images import decode
 from data_tools.importing import import_pictures
-from data_tools.rows import read_rows
+from data_tools.rows import Row, read_rows
 from data_tools.scan import scan
 from data_tools.sources import Order
 from data_tools.text import decode_text, split_captions
@@ -122,7 +122,7 @@ def rows(chance: random.Random, _files: dict[str, bytes], folder: Path) -> bool:
     lines = (f'{{"file_name": "{words(chance)}", "text": {chance.choice(ODD)!r}, "repeats": {words(chance)}}}'
              for _ in range(5))  # fmt: skip
     (folder / name).write_bytes("\n".join([words(chance), *lines]).encode("utf-8", errors="replace"))
-    return bool(read_rows(folder, name).rows)
+    return any(isinstance(row, Row) for row in read_rows(folder, name))
 
 
 def whole(chance: random.Random, files: dict[str, bytes], folder: Path) -> bool:

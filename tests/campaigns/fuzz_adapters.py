@@ -29,9 +29,8 @@ from torch import Tensor
 
 from finetune.errors import UserError
 from finetune.families.twins import write_twin
-from finetune.interchange.commands import merge_adapters, merge_into_base, resize_adapter
+from finetune.interchange.commands import convert_adapter, merge_adapters, merge_into_base, resize_adapter
 from finetune.interchange.comparing import diff_adapters
-from finetune.interchange.conversion import convert_adapter
 from finetune.interchange.inspection import inspect_file
 from finetune.interchange.names import table_of
 from finetune.interchange.reading import read_adapter

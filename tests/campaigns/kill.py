@@ -30,7 +30,7 @@ from typing import Any
 import pytest
 
 from finetune import make_run, train
-from finetune.demo.world import write_subject_pictures
+from finetune.demo.subjects import write_subject_pictures
 from finetune.tracking import read_metrics
 from finetune.training.optimizers import OPTIMIZERS  # noqa: F401 - imported before the forks, which is quicker
 from tests.checkpoints import intercept

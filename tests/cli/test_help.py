@@ -62,6 +62,24 @@ def test_versions_are_told_without_importing_anything():
     assert re.search(r"(?m)^finetune \d", done.stdout) and re.search(r"(?m)^diffusers \d", done.stdout)
 
 
+def test_ctrl_c_while_the_command_is_imported_is_no_crash(tmp_path):
+    """The first second of every command; whoever notices a typo presses it then."""
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt")
+    done = subprocess.run(
+        [sys.executable, "-m", "finetune", "--help"], capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (130, "Interrupted before anything began.\n")
+
+
+def test_python_and_notebooks_are_spared_what_libraries_tell_their_developers():
+    """Two complaints about packages that nothing here needs would be the first thing a notebook shows."""
+    code = "import finetune\nfinetune.load_family('demo')"
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_VERBOSITY")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
 def test_the_shell_completes_commands_and_choices():
     """As bash asks typer: the words so far, and which one is being typed."""
 

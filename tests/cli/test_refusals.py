@@ -16,12 +16,12 @@ from PIL import Image
 from finetune.cli import train
 from finetune.cli.sample import BESIDE_AGAIN, Asked
 from finetune.config import ModelConfig
+from finetune.dtypes import DTYPES
 from finetune.errors import ConfigError
 from finetune.families.folders import _unfetched
 from finetune.families.twins import TWINS
-from finetune.interchange import asked
+from finetune.interchange import choices
 from finetune.interchange.commands import RULES
-from finetune.interchange.conversion import DTYPES
 from finetune.interchange.merging import MERGES
 from finetune.interchange.writing import WRITERS
 from finetune.run_files import load_run, read_document
@@ -41,16 +41,18 @@ REFUSED = {
     "train {tmp}/run.yaml --set data.folder={tmp}/nope --set model.base=nosuch": (2, "nor a hub id"),
     "train {tmp}/run.yaml --set data.folder={tmp}/nope": (3, "is no folder of pictures"),
     "train {tmp}/run.yaml --set data.folder={tmp} --set output_dir={tmp}/x": (2, "lies in data.folder="),
+    "train {tmp}/run.yaml --set adapter.method=loha --set export.formats=[diffusers]": (2, "=[kohya, peft]"),
+    "plan {tmp}/run.yaml --set adapter.method=full --set export.formats=[peft]": (2, "export.formats=[kohya], or null"),
     "train {tmp}/run.yaml --resume nevr": (2, "did you mean never?"),
     "demo --family sdx": (2, "did you mean sdxl?"),
     "train {tmp}/run.yaml --resume must": (4, "holds no checkpoint"),
     "train {tmp}/run.yaml --set output_dir={tmp}/held": (7, "is in use by process"),
     "plan {tmp}/run.yaml --set model.base=nosuch": (2, "nor a hub id"),
-    "build {tmp}/run.yaml -o {tmp}": (2, "already holds something"),
+    "build {tmp}/run.yaml -o {tmp}": (2, "is not empty"),
     "convert {tmp}/no.safetensors {tmp}/b.safetensors --to kohya": (4, "No such file"),
     "convert {tmp}/text.txt {tmp}/b.safetensors --to koyha": (2, "did you mean kohya?"),
     "resize {tmp}/no.safetensors {tmp}/b.safetensors --rank 0": (2, "--rank 0 is not between 1 and 4096"),
-    "resize {tmp}/no.safetensors {tmp}/b.safetensors --energy 0.0": (2, "--energy 0 is no share between 0 and 1"),
+    "resize {tmp}/no.safetensors {tmp}/b.safetensors --energy 0.0": (2, "--energy 0 is not a share between 0 and 1"),
     "merge {tmp}/no.safetensors -o {tmp}/b.safetensors --rank 0": (2, "--rank 0 is not between"),
     "merge {tmp}/no.safetensors --into {tmp}/nope -o {tmp}/b.safetensors": (4, "No such file"),
     "extract {tmp}/no.safetensors {tmp}/nein.safetensors {tmp}/b.safetensors": (4, "nein.safetensors cannot be read"),
@@ -129,10 +131,10 @@ def test_a_bad_host_is_not_blamed_on_the_port(answers):
 
 def test_names_to_choose_from_are_those_of_the_tables():
     """They are judged without torch, so they stand apart from the functions they name."""
-    assert set(asked.LAYOUTS) == set(WRITERS)
-    assert set(asked.WAYS) == set(MERGES)
-    assert set(asked.NUMBER_FORMATS) == set(DTYPES)
-    assert set(asked.SHARES) == set(RULES)
+    assert set(choices.LAYOUTS) == set(WRITERS)
+    assert set(choices.MERGE_METHODS) == set(MERGES)
+    assert set(choices.NUMBER_FORMATS) == set(DTYPES)
+    assert set(choices.SHARES) == set(RULES)
     assert set(PREPARED) == {*PREPARATIONS, DEPTH}
     assert list(TWINS) == list(train.TWINS)
 
@@ -141,6 +143,7 @@ def test_every_option_of_sample_goes_somewhere():
     """A field that neither `Wanted` nor the model takes must be one of those that are read into them."""
     taken = {field.name for field in fields(Wanted)} | set(ModelConfig.model_fields)
     read = {"words", "prompts_file", "output", "again", "run", "adapter", "factors", "second_base", "control_picture"}
+    read |= {"of_base"}
     assert {field.name for field in fields(Asked)} - taken == read
     assert {field.name for field in fields(Asked)} >= BESIDE_AGAIN
 
@@ -191,7 +194,7 @@ def test_numbers_are_those_of_yaml_1_2(tmp_path):
 @pytest.mark.parametrize(
     ("cause", "told"),
     [
-        (OfflineModeIsEnabled("Cannot reach the hub"), "the hub cannot be reached, and it was not fetched before"),
+        (OfflineModeIsEnabled("Cannot reach the hub"), "the hub cannot be reached"),
         (ConnectionError("Name or service not known"), "the hub cannot be reached"),
         # keep: without its constructor, which wants an answer of the web client
         (RevisionNotFoundError.__new__(RevisionNotFoundError), "it has no such branch, tag or commit"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 from finetune.data.batch import Collator, Variation, size_conditioning
 from finetune.data.cache import MaskCache, TextCache
 from finetune.data.captions import CaptionRules
+from finetune.data.dataset import dataset_changes, fingerprint, load_pictures
 from finetune.data.pixels import pixel_values
 from finetune.data.sampler import Draw
 from finetune.data.views import Augment, draw_view, every_view, plain
@@ -127,6 +129,26 @@ def test_a_random_crop_stays_inside_and_is_told(folder, tmp_path):
     for plain_side, mirrored in zip(told[::2], told[1::2], strict=True):
         assert plain_side + mirrored == room
     assert views[0] == plain(picture)
+
+
+def test_a_zoomed_picture_counts_as_one_framed_like_this(folder):
+    """It stays on its subject whatever else varies, and SDXL is told no crop: samples are asked for without one too."""
+    for file in folder.iterdir():
+        file.unlink()
+    Image.effect_noise((640, 480), 80).convert("RGB").save(folder / "0.png")
+    row = {"file_name": "0.png", "text": "x", "focus_x": 0.25, "focus_y": 0.5, "focus_width": 0.2, "focus_height": 0.4}
+    (folder / "metadata.jsonl").write_text(json.dumps(row))
+    (picture,), problems = load_pictures(folder, replace(CUT, upscale=False))
+    assert any("1 picture is zoomed" in problem.what for problem in problems)
+    views = every_view(picture, Augment(flip=True, random_crop=True, versions=4))
+    assert {view.placement for view in views} == {picture.placement}
+    told = size_conditioning(views)
+    assert told.crop_top_left.tolist() == [[0, 0]] * len(views)
+    (tall, wide), (down, across) = picture.placement.bucket, picture.placement.resize
+    assert told.original_size.tolist() == [[round(480 * tall / down), round(640 * wide / across)]] * len(views)
+    assert picture.size == (480, 640) and told.original_size[0, 0] < 220
+    closer = [replace(picture, placement=replace(picture.placement, resize=(2 * down, 2 * across)))]
+    assert dataset_changes(fingerprint([picture]), fingerprint(closer)) == ["instance/0.png: the crop changed"]
 
 
 def test_colour_jitter_changes_colours_and_nothing_else(folder):

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from finetune import make_run, train
-from finetune.demo.world import write_subject_pictures
+from finetune.demo.subjects import write_subject_pictures
 from finetune.errors import ConfigError
 from finetune.tracking import Reporter
 from tests.data.test_store import damage
@@ -106,6 +106,6 @@ def test_a_damaged_cache_costs_a_warning_and_no_run(document, tmp_path):
     ],
 )
 def test_fields_that_cannot_work_are_refused_before_anything_is_loaded(document, values, words):
-    """Each with its value and the way out."""
+    """Each with its value and the remedy."""
     with pytest.raises(ConfigError, match=words):
         make_run(document | values)

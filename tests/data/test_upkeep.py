@@ -78,7 +78,7 @@ def test_another_folder_is_refused_in_words(tmp_path, capsys, monkeypatch):
     assert "neither a run folder with a cache nor a cache" in command(
         capsys, monkeypatch, "cache", tmp_path, "--check", expect=3
     )
-    assert "give one of them" in command(capsys, monkeypatch, "cache", tmp_path, "--check", "--prune", expect=2)
+    assert "cannot be combined" in command(capsys, monkeypatch, "cache", tmp_path, "--check", "--prune", expect=2)
 
 
 def test_folders_of_others_are_no_cache(tmp_path, capsys, monkeypatch):

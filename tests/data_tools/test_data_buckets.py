@@ -21,9 +21,11 @@ from data_tools.buckets import (
     preset,
     sdxl_paper,
     slack,
+    zoom,
+    zoom_notes,
 )
 from data_tools.errors import DataToolsError, UsageError
-from data_tools.records import ImageRecord
+from data_tools.records import Focus, ImageRecord
 from tests.data_tools.test_data_cli import run
 
 __all__ = ["run"]
@@ -222,11 +224,56 @@ def test_random_crops_reach_every_place_equally():
 def test_a_record_is_cropped_around_its_focus():
     """The column in the manifest is what decides; without one it is the middle."""
     records = [
-        ImageRecord("left.png", 1000, 500, ("x",), focus=(0.1, 0.5)),
+        ImageRecord("left.png", 1000, 500, ("x",), focus=Focus(0.1, 0.5)),
         ImageRecord("plain.png", 1000, 500, ("x",)),
     ]
     left, plain = place(records, [(512, 512)], upscale=True)
     assert left.crop_top_left == (0, 0) and plain.crop_top_left == (0, 256)
+
+
+@settings(max_examples=400, deadline=None)
+@given(sides, sides, st.floats(0, 1), st.floats(0, 1), st.floats(0.02, 1), st.floats(0.02, 1), st.booleans())
+def test_a_zoom_shows_what_is_marked_and_enlarges_nothing(width, height, across, down, wide, tall, upscale):
+    """A face that is cut off teaches half a face; one that is enlarged teaches blur."""
+    sizes = make_buckets(512, 64)
+    focus = Focus(across, down, wide, tall)
+    try:
+        placement = zoom(width, height, sizes, focus, upscale=upscale, multiple=64)
+    except DataToolsError:
+        assert not upscale and min(width, height) < 64
+        return
+    bucket, resize, offset = placement.bucket, placement.resize, placement.crop_top_left
+    assert all(0 <= o <= whole - part for o, part, whole in zip(offset, bucket, resize, strict=True))
+    assert upscale or (resize[0] <= height and resize[1] <= width)
+    assert upscale or bucket[0] % 64 == bucket[1] % 64 == 0
+    if placement.zoomed:
+        assert abs(resize[0] * width - resize[1] * height) <= max(width, height)
+        for middle, size, o, part, whole in zip((down, across), (tall, wide), offset, bucket, resize, strict=True):
+            first, last = max(0, middle - size / 2) * whole, min(1, middle + size / 2) * whole
+            assert o <= first + 1.5 and last <= o + part + 1.5
+    if placement.zoomed and resize != (height, width):
+        filled = ((min(1, m + s / 2) - max(0, m - s / 2)) * whole / part
+                  for m, s, part, whole in zip((down, across), (tall, wide), bucket, resize, strict=True))  # fmt: skip
+        assert max(filled) > 0.97, "what is marked reaches from edge to edge in one direction"
+
+
+def test_zooms_are_told():
+    """The shape is that of what is marked; a picture of which only a part is seen is never one in silence."""
+    records = [
+        ImageRecord("face.png", 3000, 2000, ("x",), focus=Focus(0.5, 0.5, 0.2, 0.3)),
+        ImageRecord("coarse.png", 900, 600, ("x",), focus=Focus(0.5, 0.5, 0.1, 0.15)),
+        ImageRecord("plain.png", 3000, 2000, ("x",)),
+    ]
+    sizes = make_buckets(512, 64)
+    placements = place(records, sizes, multiple=64)
+    assert [placement.zoomed for placement in placements] == [True, True, False]
+    assert placements[0].bucket == (512, 512) and placements[0].resize == (1707, 2560)
+    assert placements[1].bucket == (512, 512) and placements[1].resize == (600, 900), "its own pixels"
+    assert placements[0].as_json()["zoomed"] is True
+    (note,) = zoom_notes(records, placements)
+    assert "2 pictures are zoomed" in note.what and "1 of them only as far as" in note.what
+    assert zoom_notes(records[2:], placements[2:]) == []
+    assert place(records[1:2], sizes, upscale=True, multiple=64)[0].resize == (3413, 5120)
 
 
 def test_the_plan_as_a_picture(tmp_path):

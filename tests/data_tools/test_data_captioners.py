@@ -301,6 +301,7 @@ def test_rows_cannot_lead_out_of_the_folder(tmp_path, save, name):
         ({"file_name": "a.png", "text": "x", "role": "style"}, ("role 'style'", "instance and class")),
         ('{"file_name": "a.png", "text": "x", "repeats": ' + "9" * 5000 + "}", ("not ",)),
         ({"file_name": "a.png", "text": "\x1b[31mred"}, ("control character",)),
+        ({"file_name": "a.png", "text": "a <|endoftext|> b"}, ("<|endoftext|>",)),
     ],
 )
 def test_rows_that_cannot_be_used_name_line_and_column(tmp_path, save, row, words):

@@ -166,6 +166,17 @@ def test_bucket_shows_the_plan_with_and_without_a_manifest(run, tmp_path, save):
         assert run("scan", tmp_path, "--write").returncode == 0
 
 
+def test_pictures_that_fit_no_bucket_do_not_hide_the_plan_of_the_others(run, tmp_path, save):
+    """All faults at once: those too small for a bucket with those that cannot be read, and the table for the rest."""
+    save("fine.png", 256, 256, 1, caption="w")
+    save("tiny.png", 40, 40, 2, caption="s")
+    save("empty.png", 40, 40, 3, caption="s").write_bytes(b"")
+    result = run("bucket", tmp_path, "--resolution", 256)
+    assert result.returncode == 3 and "256 x 256" in result.stdout
+    assert "tiny.png: is 40 x 40 pixels, smaller than one step of the buckets" in flat(result.stderr)
+    assert "empty.png: is empty" in flat(result.stderr)
+
+
 def test_python_m_data_tools_is_the_command(tmp_path):
     """The way to run it without the toolkit, with the exit code that CI reads."""
     (tmp_path / "empty.png").write_bytes(b"")

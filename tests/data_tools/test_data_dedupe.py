@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance, ImageOps
 
+from data_tools import dedupe
 from data_tools.dedupe import Looks, distances, find_copies, find_shared, near_pairs
 from data_tools.errors import UsageError
 from data_tools.fingerprints import phash, pixel_sha256
@@ -49,6 +50,19 @@ def test_the_quick_search_finds_exactly_the_near_pairs(base, changes, distance):
     }
     assert dict(zip(zip(i.tolist(), j.tolist(), strict=True), bits.tolist(), strict=True)) == expected
     assert len(i) == len(expected)
+
+
+@pytest.mark.parametrize("distance", range(6))
+def test_the_search_among_many_finds_the_same_pairs(distance, monkeypatch):
+    """Through thirds of the hash, which 100,000 pictures and more are searched by."""
+    chance = np.random.default_rng(distance)
+    base = chance.integers(0, 2**64, 300, dtype=np.uint64, endpoint=False)
+    bits = [sum(1 << int(bit) for bit in chance.choice(64, chance.integers(0, 8), replace=False)) for _ in base]
+    hashes = looks([int(value) for value in base] + [int(value) ^ bit for value, bit in zip(base, bits, strict=True)])
+    few = near_pairs(hashes, hashes, distance)
+    monkeypatch.setattr(dedupe, "MANY", 0)
+    many = near_pairs(hashes, hashes, distance)
+    assert all((one == other).all() for one, other in zip(few, many, strict=True)) and len(few[0]) > 600
 
 
 def test_distance_is_the_number_of_differing_bits():

@@ -227,15 +227,40 @@ def test_truncated_files_are_refused(tmp_path, draw, format, part):
     [
         (b"", "empty"),
         (b"<!DOCTYPE html><html>", "DOCTYPE"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0", "pillow-heif|not a picture"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "pillow-heif|damaged header"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n", "not a picture"),
-        (b"\x89PNG\r\n\x1a\n", "damaged|not a picture"),
+        (b"\x89PNG\r\n\x1a\n", "has a damaged header"),
     ],
 )
 def test_files_that_are_no_picture_say_what_they_are(data, reason):
     """A saved error page called photo.png is the most common broken picture of all."""
     with pytest.raises(RefusedError, match=reason):
         decode(data)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP"])
+def test_what_is_said_of_a_damaged_file_is_the_same_every_time(draw, format):
+    """Lines are gathered by their words, and reports compared; an address in memory would make each its own."""
+    data = encoded(draw(200, 150), format)
+    for tenth in range(1, 10):
+        words = set()
+        for _ in range(2):
+            with pytest.raises(RefusedError) as caught:
+                decode(data[: len(data) * tenth // 10])
+            words.add(str(caught.value))
+        assert len(words) == 1 and " at 0x" not in words.pop()
+
+
+@pytest.mark.parametrize(("gamma", "noted"), [(100_000, True), (45_455, False), (45_000, False)])
+def test_a_png_that_names_its_gamma_is_read_as_browsers_show_it(draw, gamma, noted):
+    """Linear pixels taken for sRGB are far too dark; programs that write 0.45 mean sRGB."""
+    image = draw(48, 32)
+    chunk = b"gAMA" + struct.pack(">I", gamma)
+    data = encoded(image, "PNG")
+    data = data[:33] + struct.pack(">I", 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[33:]
+    read, notes = decode(data)
+    expected = 255 * (pixels(image) / 255) ** (1 / 2.2) if noted else pixels(image)
+    assert notes == (("PNG gamma 1 to sRGB",) if noted else ()) and np.abs(pixels(read) - expected).max() <= 0.5
 
 
 @pytest.mark.parametrize("side", [10_000, 20_000])

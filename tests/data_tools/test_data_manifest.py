@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from data_tools import manifest
-from data_tools.errors import DataToolsError
+from data_tools.errors import DataToolsError, StorageError
 from data_tools.scan import scan
 
 
@@ -194,3 +194,11 @@ def test_without_a_manifest_read_says_how_to_make_one(tmp_path, save):
     save("a.png")
     with pytest.raises(DataToolsError, match="scan the folder again with --write"):
         manifest.read(tmp_path)
+
+
+def test_what_the_disk_refuses_is_the_disks_answer(written):
+    """Exit code 5 as everywhere else, so that a script can tell a full or read-only disk from a bad picture."""
+    folder, records = written
+    with pytest.raises(StorageError, match=r"gone/metadata\.jsonl cannot be written .* bytes are free") as caught:
+        manifest.write(folder / "gone", records)
+    assert caught.value.exit_code == 5

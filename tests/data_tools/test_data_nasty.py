@@ -76,6 +76,7 @@ def files(draw) -> dict[str, tuple[bytes, list[tuple[str, str]]]]:
         "icc.png": (encoded(draw(40, 30, 20), "PNG", icc_profile=b"broken"), [(NOTE, "ICC profile unusable")]),
         **{f"turn{n}.jpg": (turned(draw, n), [(NOTE, "EXIF")] if n > 1 else []) for n in range(1, 9)},
         "dot.png": (encoded(draw(1, 1), "PNG"), [(ERROR, "1 x 1 pixels")]),
+        "line.png": (encoded(draw(1, 3000), "PNG"), [(ERROR, "1 x 3000 pixels")]),
         "sliver.png": (encoded(draw(20, 600, 21), "PNG"), [(WARNING, "30.0 to 1")]),
         "lies.png": (encoded(draw(40, 30, 22), "WEBP"), []),
         "layers.psd": (b"8BPS", [(NOTE, "is left aside (.psd)")]),

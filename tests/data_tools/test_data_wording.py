@@ -96,6 +96,9 @@ def test_tokens_command_shows_what_falls_off(run, tmp_path, save):
     save("b.png", tint=2, caption="short")
     rough = run("tokens", tmp_path)
     assert rough.returncode == 0 and "A lower bound" in rough.stdout and "THE END" in flat(rough.stdout)
+    save("c.png", tint=3, caption="word " * 5000)
+    assert len(run("tokens", tmp_path).stdout) < 5000, "one endless caption does not hide the others"
+    (tmp_path / "c.png").unlink()
     exact = run("tokens", tmp_path, "--tokenizer", "demo", "--strict")
     assert exact.returncode == 3 and "A lower bound" not in exact.stdout and "1 caption is cut" in exact.stderr
     document = json.loads(run("tokens", tmp_path, "--tokenizer", BASE, "--json").stdout)

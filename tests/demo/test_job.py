@@ -14,7 +14,7 @@ from finetune.demo.checker import load_checker
 from finetune.demo.job import run_demo
 from finetune.demo.prompts import subject_prompts
 from finetune.demo.questions import GUIDANCE, STEPS
-from finetune.demo.world import draw_subject
+from finetune.demo.subjects import draw_subject
 from finetune.tracking import Reporter
 
 

@@ -11,27 +11,14 @@ import pytest
 from PIL import Image
 
 from finetune.demo import prompts
-from finetune.demo.world import (
-    COLOURS,
-    OBJECTS,
-    RARE_WORDS,
-    RELATIONS,
-    SUBJECTS,
-    Scene,
-    caption,
-    draw,
-    draw_array,
-    draw_subject,
-    labels,
-    random_scene,
-    write_style_pictures,
-    write_subject_pictures,
-)
+from finetune.demo.scenes import COLOURS, RARE_WORDS, RELATIONS, Scene, caption, draw, draw_array, labels, random_scene
+from finetune.demo.shapes import OBJECTS
+from finetune.demo.subjects import SUBJECTS, draw_subject, write_style_pictures, write_subject_pictures
 
 
 def test_world_is_cheap_to_import():
     """Tests and tools that only need pictures must not pay for torch."""
-    code = "import sys, finetune.demo.world; sys.exit('torch' in sys.modules)"
+    code = "import sys, finetune.demo.subjects; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

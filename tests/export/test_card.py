@@ -10,8 +10,10 @@ import yaml
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from finetune.export import Card, ExportError, check_manifest, write_card, write_manifest
-from finetune.export.shown import BEFORE_AFTER, data_rows, samples_of, write_gallery
+from finetune.export.card import Card, write_card
+from finetune.export.errors import ExportError
+from finetune.export.gallery import BEFORE_AFTER, data_rows, samples_of, write_gallery
+from finetune.export.manifest import check_manifest, write_manifest
 
 CARD = Card(
     title='The "sks" toy: a test',
@@ -30,6 +32,14 @@ CARD = Card(
 
 def front_matter(text: str) -> dict:
     return yaml.safe_load(text.split("---\n")[1])
+
+
+def test_the_embedded_base_is_named_by_where_a_reader_finds_it(tmp_path):
+    """`from_pretrained("path/to/demo")` is a line that nobody can follow."""
+    text = write_card(tmp_path, replace(CARD, base="demo")).read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    assert "from finetune.demo import BASE_DIR\n" in code and ".from_pretrained(BASE_DIR)\n" in code
+    assert "path/to" not in text and "ships with `finetune`" in text
 
 
 def test_front_matter_is_what_the_hub_reads(tmp_path):
@@ -127,10 +137,10 @@ def test_data_is_told_in_numbers_only(tmp_path):
     }
     (tmp_path / "dataset.json").write_text(json.dumps(dataset))
     assert dict(data_rows(tmp_path, 0.1)) == {
-        "pictures": "3 of the subject, 1 of its ordinary class",
-        "trained at, in pixels": "96 x 64 (2), 64 x 96 (1)",
+        "pictures": "3 of the subject, 1 of its class",
+        "resolution in pixels": "96 x 64 (2), 64 x 96 (1)",
         "captions": "2 different, 1 to 4 words",
-        "masks": "1 of 3 pictures; outside counts 0.1",
+        "masks": "1 of 3 pictures; weight outside 0.1",
     }
 
 

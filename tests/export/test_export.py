@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import os
 import re
 import subprocess
@@ -15,10 +16,13 @@ import peft
 import pytest
 import torch
 
-from finetune import export as package
+from finetune import storage
 from finetune.adapters.files import DOWN, UP, AdapterFile, delta_weight
+from finetune.dtypes import DTYPES
 from finetune.errors import CheckpointError, ConfigError, StorageError
-from finetune.export import FORMATS, ExportError, Papers, export
+from finetune.export.errors import ExportError
+from finetune.export.exporting import FORMATS, export
+from finetune.export.job import ModelInfo
 from finetune.export.verify import outputs
 from finetune.families.text import installed_name
 from finetune.sampling.apply import adapter_applied
@@ -31,6 +35,15 @@ ALL = sorted(set(FORMATS) - {"embeddings"})
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+class WarningsInto(logging.Handler):
+    def __init__(self, messages: list[str]) -> None:
+        super().__init__(logging.WARNING)
+        self.messages = messages
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
 
 
 def planted(file: AdapterFile, value: float, ending: str = UP) -> AdapterFile:
@@ -123,7 +136,7 @@ def test_half_precision_files(base, adapter, tmp_path, dtype):
     ):
         file = next(path for path in [done.path, *done.path.rglob("*.safetensors")] if path.is_file())
         tensors, _ = read_safetensors(file)
-        assert {tensor.dtype for tensor in tensors.values()} == {package.DTYPES[dtype]}
+        assert {tensor.dtype for tensor in tensors.values()} == {DTYPES[dtype]}
         assert 1e-5 < max(check.weights_relative for check in done.verification) < 5e-3
 
 
@@ -158,9 +171,14 @@ def test_weak_adapter_survives_fp16(base, tmp_path):
 
 
 @pytest.mark.parametrize("component", ["unet", "text_encoder"])
-def test_one_network_alone(base, tmp_path, component):
+def test_one_network_alone(base, tmp_path, component, monkeypatch):
+    """diffusers would warn of every network that the adapter leaves alone, as if something were wrong."""
+    warned: list[str] = []
+    logger = logging.getLogger("diffusers")
+    monkeypatch.setattr(logger, "handlers", [WarningsInto(warned)])
     file = random_adapter(*base, rank={component: 4}, alpha={component: 8.0})
     assert len(export(file, *base, tmp_path, name="toy", formats=ALL)) == len(ALL)
+    assert not warned, warned
 
 
 def test_same_bytes_twice_and_in_another_process(base, base_folder, adapter, tmp_path):
@@ -170,11 +188,11 @@ def test_same_bytes_twice_and_in_another_process(base, base_folder, adapter, tmp
     adapter.save(tmp_path / "adapter.safetensors")
     code = (
         "import sys; from pathlib import Path; from finetune.adapters.files import AdapterFile;"
-        "from finetune.export import FORMATS, export; from finetune.families import load_family;"
+        "from finetune.export.exporting import FORMATS, export; from finetune.families import load_family;"
         "export(AdapterFile.read(Path(sys.argv[1])), *load_family(sys.argv[2]), Path(sys.argv[3]),"
         "name='toy', formats=[n for n in sorted(FORMATS) if n != 'embeddings'])"
     )
-    root = str(Path(package.__file__).parent.parent.parent)
+    root = str(Path(storage.__file__).parent.parent)
     elsewhere = {"PYTHONHASHSEED": "17", "OMP_NUM_THREADS": "2", "LC_ALL": "C", "TZ": "Asia/Kathmandu"}
     environment = {**os.environ, "PYTHONPATH": root, **elsewhere}
     arguments = [str(tmp_path / "adapter.safetensors"), str(base_folder), str(tmp_path / "c")]
@@ -314,4 +332,4 @@ def test_a_header_that_names_another_method_is_refused(base, adapter, tmp_path):
     header = dataclasses.replace(adapter.header, method={"unet": "dora", "text_encoder": "lora"})
     other = dataclasses.replace(adapter, header=header)
     with pytest.raises(CheckpointError, match="lacks lora_magnitude_vector"):
-        export(other, *base, tmp_path, name="toy", papers=Papers())
+        export(other, *base, tmp_path, name="toy", info=ModelInfo())

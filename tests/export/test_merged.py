@@ -11,8 +11,9 @@ from diffusers import StableDiffusionPipeline
 
 from finetune.adapters.files import TOKENS
 from finetune.config import ModelConfig
-from finetune.export import ExportError, Papers, export
-from finetune.export.job import Job
+from finetune.export.errors import ExportError
+from finetune.export.exporting import export
+from finetune.export.job import Job, ModelInfo
 from finetune.export.merged import without_words
 from finetune.families import denoiser_config, load_family
 from finetune.interchange.inspection import inspect_file
@@ -101,7 +102,7 @@ def test_a_single_file_of_the_embedded_base_is_a_base_again(tmp_path):
     family, parts = load_family(str(done.path))
     assert family.name == demo[0].name and parts.denoiser.config.in_channels == demo[1].denoiser.config.in_channels
     assert denoiser_config(ModelConfig(base=str(done.path)))["in_channels"] == parts.denoiser.config.in_channels
-    assert "Stable Diffusion 1.x, it says" in inspect_file(done.path, norms=False).base
+    assert "the file names Stable Diffusion 1.x" in inspect_file(done.path, norms=False).base
 
 
 def test_a_table_of_tokens_that_was_trained_whole_is_no_learned_word(base):
@@ -111,5 +112,5 @@ def test_a_table_of_tokens_that_was_trained_whole_is_no_learned_word(base):
     word = f"text_encoder.{TOKENS}.0"
     header = dataclasses.replace(file.header, method={"text_encoder": "full"}, tokens=("<robot>",))
     both = dataclasses.replace(file, tensors={table: torch.zeros(8, 4), word: torch.zeros(2, 4)}, header=header)
-    job = Job(both, *base, "toy", torch.float32, Papers())
+    job = Job(both, *base, "toy", torch.float32, ModelInfo())
     assert set(without_words(job).file.tensors) == {table}

@@ -11,10 +11,13 @@ import pytest
 import torch
 
 from finetune import storage
-from finetune.export import ExportError, Papers, export, metadata
+from finetune.export import metadata, privacy
+from finetune.export.errors import ExportError
+from finetune.export.exporting import export
+from finetune.export.job import ModelInfo
 from finetune.storage import read_safetensors
 
-PAPERS = Papers(
+INFO = ModelInfo(
     title="Sks toy",
     description="A toy, taught to SD 1.5",
     author="someone",
@@ -24,13 +27,12 @@ PAPERS = Papers(
     learning_rate=1e-4,
     optimizer="adamw",
     seed=7,
-    created=1_700_000_000,
 )
 
 
 def exported(base, adapter, folder, **options) -> tuple[dict[str, str], dict[str, str]]:
     """Metadata of the kohya and of the diffusers file."""
-    export(adapter, *base, folder, name="toy", papers=PAPERS, **options)
+    export(adapter, *base, folder, name="toy", info=INFO, **options)
     return tuple(
         read_safetensors(folder / f"{name}.safetensors")[1] for name in ("toy", "pytorch_lora_weights")
     )
@@ -42,7 +44,6 @@ def test_modelspec(base, adapter, tmp_path):
         assert entries["modelspec.architecture"] == "stable-diffusion-v1/lora"
         assert entries["modelspec.implementation"] == "diffusers"
         assert entries["modelspec.title"] == "Sks toy"
-        assert entries["modelspec.date"] == "2023-11-14T22:13:20Z"
         assert entries["modelspec.resolution"] == "512x512"
         assert entries["modelspec.prediction_type"] == "epsilon"
         assert entries["modelspec.trigger_phrase"] == "sks toy"
@@ -111,7 +112,7 @@ def test_no_path_user_or_host_in_any_file(base, adapter, tmp_path):
 def test_private_text_is_refused(base, adapter, tmp_path, monkeypatch, text, message):
     monkeypatch.setenv("FINETUNE_TEST_TOKEN", "canary-value-123")
     with pytest.raises(ExportError) as caught:
-        export(adapter, *base, tmp_path, name="toy", papers=Papers(description=text))
+        export(adapter, *base, tmp_path, name="toy", info=ModelInfo(description=text))
     assert "modelspec.description holds" in caught.value.text()
     assert message in caught.value.text()
     assert not list(tmp_path.iterdir())
@@ -121,7 +122,7 @@ def test_private_text_is_refused(base, adapter, tmp_path, monkeypatch, text, mes
     "text", ["https://huggingface.co/a/b", "and/or", "50/50, 3/4", "a/b", "time 10:20", "sd 1.5"]
 )
 def test_harmless_text_is_kept(text):
-    assert metadata.private_parts(text) == []
+    assert privacy.private_parts(text) == []
 
 
 @pytest.mark.parametrize(
@@ -136,4 +137,4 @@ def test_harmless_text_is_kept(text):
     ],
 )
 def test_public_name(base_name, public):
-    assert metadata.public_name(base_name) == public
+    assert privacy.public_name(base_name) == public

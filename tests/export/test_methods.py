@@ -10,8 +10,14 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from finetune.adapters.files import TOKENS, AdapterFile
-from finetune.export import ExportError, Papers, export
+from finetune.adapters.methods import METHODS
+from finetune.export.adapter import carried_by
+from finetune.export.errors import ExportError
+from finetune.export.exporting import export
+from finetune.export.interchange import architecture, to_interchange
+from finetune.export.job import Job, ModelInfo
 from finetune.families import load_family
+from finetune.interchange.carrying import CARRIERS, automatic, obstacles
 from finetune.interchange.reading import read_adapter
 from finetune.storage import read_safetensors
 from tests.campaigns.export import trained
@@ -73,9 +79,34 @@ def test_what_a_layout_cannot_say_is_refused_with_what_can(adapters, tmp_path):
     with pytest.raises(ExportError, match="kohya layout cannot carry") as caught:
         export(*adapters("sd1", "dora"), tmp_path, name="toy", formats=["kohya"])
     text = caught.value.text()
-    assert "readers disagree" in text
+    assert "programs read it differently" in text
     assert "--format diffusers, --format peft, --format merged" in text
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [
+        *(("sd1", method) for method in ("rslora", "dora", "loha", "ia3", "oft", "full")),
+        *(("sd3", method) for method in ("lora", "lokr", "full")),
+        *(pytest.param(family, method, marks=pytest.mark.slow)
+          for family in ("sd2", "sdxl", "sd3", "flux") for method in METHODS),
+    ],
+)  # fmt: skip
+def test_what_layouts_store_is_known_before_there_is_a_file(adapters, family, method):
+    """A run is refused, or its formats are chosen, by the table; the writers have the last word."""
+    job = Job(*adapters(family, method), "toy", torch.float32, ModelInfo())
+    names = job.file.header.method, job.file.layers(), architecture(job)
+    adapter = to_interchange(job)
+    can = set(carried_by(job, adapter))
+    assert {layout for layout in CARRIERS if not obstacles(layout, *names)} == can
+    assert set(automatic(*names)) <= {*can, "merged"}
+
+
+def test_without_named_formats_an_adapter_is_exported_in_what_stores_it(adapters, tmp_path):
+    """A LoHa is nothing for diffusers' loader; a run that was paid for must not end without a file for that."""
+    done = export(*adapters("sd1", "loha"), tmp_path, name="toy")
+    assert [item.format for item in done] == ["kohya", "peft"]
 
 
 def test_a_loss_that_is_allowed_is_measured_and_told(adapters, tmp_path):
@@ -120,14 +151,14 @@ def test_a_format_that_words_alone_leave_empty_is_told_of(base, tmp_path):
     header = dataclasses.replace(file.header, method={}, rank={}, alpha={})
     (done,) = export(AdapterFile(alone, header), *base, tmp_path, name="toy", formats=["kohya"])
     assert done.format == "embeddings"
-    assert any("nothing to write as kohya" in note for note in done.notes)
+    assert any("nothing to export as kohya" in note for note in done.notes)
 
 
 @pytest.mark.parametrize(("detail", "there"), [("minimal", False), ("public", False), ("full", True)])
 def test_metadata_says_as_much_as_was_asked(base, adapter, tmp_path, detail, there):
     """Who publishes decides what readers learn; how to load it is always said."""
-    papers = Papers(detail=detail, configuration={"train": {"steps": 3}}, optimizer="adamw", author="me")
-    export(adapter, *base, tmp_path, name="toy", formats=["kohya"], papers=papers)
+    info = ModelInfo(detail=detail, configuration={"train": {"steps": 3}}, optimizer="adamw", author="me")
+    export(adapter, *base, tmp_path, name="toy", formats=["kohya"], info=info)
     _, metadata = read_safetensors(tmp_path / "toy.safetensors")
     assert ("finetune.run" in metadata) == there
     assert ("ss_optimizer" in metadata) == (detail != "minimal")

@@ -12,7 +12,9 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
 from finetune.errors import ConfigError
-from finetune.export import ExportError, sweep, write_manifest
+from finetune.export.errors import ExportError
+from finetune.export.exporting import sweep
+from finetune.export.manifest import write_manifest
 from finetune.export.publish import push_folder
 from finetune.export.sidecars import install, places
 
@@ -41,7 +43,7 @@ def test_what_was_changed_or_gives_something_away_is_not_sent(built):
         push_folder(built, "me/toy", dry_run=True)
     (built / "notes.md").unlink()
     save_file({"lora_A": torch.ones(2)}, built / "toy.safetensors")
-    with pytest.raises(ConfigError, match="no longer what was built"):
+    with pytest.raises(ConfigError, match="has changed since it was built"):
         push_folder(built, "me/toy", dry_run=True)
 
 
@@ -55,13 +57,20 @@ def test_a_card_may_be_edited_by_hand_but_not_given_away(built):
         push_folder(built, "me/toy", dry_run=True)
 
 
+def test_a_file_larger_than_the_hub_takes_is_refused_before_hours_of_upload(built):
+    """A Flux checkpoint in fp32 is beyond what the hub takes, and says so after the upload only."""
+    os.truncate(built / "toy.safetensors", 51 * 10**9)
+    with pytest.raises(ConfigError, match="51 GB, but the hub accepts at most 50 GB"):
+        push_folder(built, "me/toy", dry_run=True)
+
+
 def test_without_a_network_it_is_said_in_words(built, monkeypatch):
     """Nobody listens at this address; the library's own error is a hundred lines long."""
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("HF_TOKEN", "hf_nobody")
-    with pytest.raises(ExportError, match="me/toy was not written") as caught:
+    with pytest.raises(ExportError, match="me/toy could not be uploaded") as caught:
         push_folder(built, "me/toy")
-    assert "where there is a network" in caught.value.text()
+    assert "with a network connection" in caught.value.text()
 
 
 def test_pictures_and_headers_are_looked_through_too(built):
@@ -80,7 +89,7 @@ def test_pictures_and_headers_are_looked_through_too(built):
     text = caught.value.text()
     assert "a.png holds the path C:" in text and "b.jpg holds the place where it was taken" in text
     assert "c.safetensors holds the path /home/jane/cat in ss_train_data_dir" in text
-    assert "d.safetensors holds what cannot be looked through" in text and "toy.safetensors" not in text
+    assert "d.safetensors holds content that cannot be checked" in text and "toy.safetensors" not in text
 
 
 def test_a_folder_without_a_card_is_refused_with_all_problems(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 from finetune.adapters.files import AdapterFile
 from finetune.errors import ConfigError
-from finetune.export import ExportError
+from finetune.export.errors import ExportError
 from finetune.export.run import export_run, exported_rows
 from finetune.run_files import make_run
 from tests.tiny import random_adapter
@@ -34,7 +34,7 @@ def test_a_checkpoint_takes_no_other_files_place(run):
     exported = export_run(folder, wanted, source=folder / "checkpoint-000004" / "adapter.safetensors")
     assert exported[0].path == folder / "exports" / "step-000004" / "toy-000004.safetensors"
     assert (folder / "exports" / "toy.safetensors").read_bytes() == before
-    assert exported_rows(exported)[0] == ("step", "4")
+    assert exported_rows(exported)[0] == ("Trained for", "4 steps")
 
 
 def test_a_program_that_cannot_take_the_files_is_told_of_before_anything_is_loaded(run, tmp_path):
@@ -74,6 +74,6 @@ def test_a_format_that_is_refused_keeps_no_other_from_being_written(run, base):
     with pytest.raises(ExportError, match="2 formats cannot be exported") as caught:
         export_run(folder, wanted.model_copy(update={"export": wanted.export.model_copy(update=asked)}))
     text = caught.value.text()
-    assert "the others are written and right: kohya" in text and "--force" in text
+    assert "these formats are exported and verified: kohya" in text and "--force" in text
     assert f"`finetune export {folder} -f merged -f single-file --dtype fp32`" in text
     assert {path.name for path in (folder / "exports").iterdir()} == {"toy.safetensors", "toy.json"}

@@ -11,7 +11,7 @@ from safetensors.torch import load
 from finetune.adapters import attach
 from finetune.config import AdapterConfig
 from finetune.errors import ConfigError
-from finetune.families import Choices, SizeConditioning, load_family
+from finetune.families import Choices, SizeConditioning, load_family, skeleton
 from finetune.families.frozen import held_in_fp8, host_bytes
 from finetune.families.holding import STORAGE
 from finetune.run_files import ADAPTER_FILE, make_run
@@ -79,6 +79,17 @@ def test_a_run_trains_validates_and_draws_on_held_weights(storage, document):
     document["samples"] = {"prompts": ["a sks robot"], "per_prompt": 1, "inference_steps": 2}
     result = train(make_run(document))
     assert result.steps == 4 and result.validation.value > 0
+
+
+def test_nearly_all_of_flux_takes_one_byte_per_weight():
+    """Its modulations and the ends of its single blocks are five of twelve billion weights, and no small layers."""
+    with torch.device("meta"):
+        denoiser = skeleton.empty_network(skeleton.shipped("flux-dev").networks["transformer"]).to(torch.bfloat16)
+    count = sum(parameter.numel() for parameter in denoiser.parameters())
+    STORAGE["int8"](denoiser, torch.bfloat16)
+    held = sum(tensor.nbytes for tensor in (*denoiser.parameters(), *denoiser.buffers()))
+    assert held < 1.01 * count
+    assert denoiser.norm_out.linear.weight.dtype == denoiser.x_embedder.weight.dtype == torch.bfloat16
 
 
 def test_an_unknown_way_is_named(twin_folders):

@@ -13,8 +13,8 @@ from finetune.data.cache import Filling
 from finetune.data.dataset import Cut, load_pictures
 from finetune.data.holes import HoleCache, drawn_hole, hole_of
 from finetune.data.views import Augment, every_view, plain
+from finetune.demo.subjects import write_subject_pictures
 from finetune.demo.twin_job import twin_run
-from finetune.demo.world import write_subject_pictures
 from finetune.export.run import export_run
 from finetune.families import Choices, detect_family, load_family
 from finetune.families.original_keys import to_original

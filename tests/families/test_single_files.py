@@ -14,7 +14,7 @@ from finetune.families import FAMILIES, Choices, detect_family, load_family
 from finetune.families.original_keys import config_of, to_original
 from finetune.families.skeleton import shipped, tokenizer
 from finetune.families.text import canonical
-from finetune.interchange.original import STYLES
+from finetune.interchange.original_names import STYLES
 from finetune.storage import write_safetensors
 
 WHOLE = sorted(set(FAMILIES) - {"flux"})

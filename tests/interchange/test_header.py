@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import save_file
 
 from finetune.errors import CheckpointError, UnsafeError, UserError
@@ -64,6 +65,13 @@ def test_hostile_files_are_refused(name, tmp_path):
         inspect_file(path)
     assert len(refused.value.problems) <= 13
     assert len(refused.value.text()) < 5000
+
+
+def test_a_picture_that_is_named_by_mistake_is_called_a_picture(tmp_path):
+    """"Its header claims to be 727,905,341,920,923,785 bytes long" says nothing to anybody."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "01.png")
+    with pytest.raises(CheckpointError, match="it is a PNG picture"):
+        inspect_file(tmp_path / "01.png")
 
 
 def test_pickles_are_never_opened(tmp_path):

@@ -6,14 +6,16 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
+from finetune.adapters.files import AdapterFile
 from finetune.demo import BASE_DIR
 from finetune.families import load_family
 from finetune.interchange.adapter import Adapter, InterchangeError, Update
-from finetune.interchange.conversion import convert_adapter
+from finetune.interchange.commands import convert_adapter
 from finetune.interchange.conversion import write as write_adapter
 from finetune.interchange.inspection import inspect_file
 from finetune.interchange.reading import read_adapter
@@ -202,7 +204,7 @@ def test_unknown_keys_are_listed_not_dropped(tmp_path):
     """A converter that skips what it does not know makes a weaker adapter and says nothing."""
     stem = f"lora_unet_{Q}".replace(".", "_")
     tensors = kohya_lora({stem: table("sd1").shape("unet", Q), "lora_unet_down_blocks_9_odd": (4, 4)})
-    with pytest.raises(InterchangeError, match=r"3 tensors of unknown name") as refused:
+    with pytest.raises(InterchangeError, match=r"3 tensors with unknown names") as refused:
         read_adapter(write(tmp_path / "f.safetensors", tensors))
     assert "lora_unet_down_blocks_9_odd.alpha" in refused.value.text()
 
@@ -270,7 +272,7 @@ def test_an_adapter_of_a_base_of_unpublished_size_is_told_so(tmp_path):
     """Names alone once made the embedded base's adapter one for SDXL, with verdicts to match."""
     family, parts = load_family("demo")
     file = random_adapter(family, parts, rank={"unet": 4}, alpha={"unet": 4.0})
-    file.save(tmp_path / "adapter.safetensors")
+    AdapterFile(file.tensors, replace(file.header, base="mine")).save(tmp_path / "adapter.safetensors")
     alone = inspect_file(tmp_path / "adapter.safetensors")
     assert alone.family == "" and not alone.loads_in and not alone.coverage
     assert any("--base" in note for note in alone.notes)
@@ -287,7 +289,7 @@ def test_embeddings_and_checkpoints_are_told_apart(tmp_path, tiny_base):
     assert checkpoint.base == "Stable Diffusion 1.x"
     unnamed = inspect_file(next((tiny_base / "unet").glob("*.safetensors")))
     assert unnamed.family == "", "a toy model must not be called a real one"
-    assert unnamed.base.startswith("a base of no published size")
+    assert unnamed.base.startswith("an unpublished base model")
     nothing = inspect_file(write(tmp_path / "x.safetensors", {"a": noise(3)}))
     assert nothing.kind == "unknown"
 

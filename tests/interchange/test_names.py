@@ -9,7 +9,7 @@ import torch
 from diffusers.loaders import single_file_utils
 
 from finetune.interchange import names
-from finetune.interchange.original import STYLES
+from finetune.interchange.original_names import STYLES
 from tests.interchange import make_names
 from tests.interchange.files import table
 

@@ -9,8 +9,7 @@ import torch
 
 from finetune.families.twins import write_twin
 from finetune.interchange.adapter import InterchangeError
-from finetune.interchange.commands import merge_into_base
-from finetune.interchange.conversion import convert_adapter
+from finetune.interchange.commands import convert_adapter, merge_into_base
 from finetune.interchange.inspection import inspect_file
 from finetune.interchange.names import table_of
 from finetune.interchange.reading import read_adapter

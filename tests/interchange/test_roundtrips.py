@@ -11,7 +11,8 @@ import torch
 
 from finetune.families.text import canonical
 from finetune.interchange.adapter import Adapter, InterchangeError, Update
-from finetune.interchange.conversion import compare, convert_adapter, write
+from finetune.interchange.commands import convert_adapter
+from finetune.interchange.conversion import compare, write
 from finetune.interchange.names import from_base
 from finetune.interchange.reading import read_adapter
 from tests.interchange.files import lora, noise
@@ -98,6 +99,7 @@ def test_diffusers_reads_our_kohya_files(family, twins, tmp_path):
 def test_every_layout_comes_back(family, layout, twins, tmp_path):
     """What is written must be what is read, over every layout and kind of base, joined layers and all."""
     adapter = random_adapter(twins[family])
+    adapter.metadata = {"modelspec.title": "Cat", "ss_output_name": "cat"}
     first = tmp_path / ("first" if layout == "peft" else "first.safetensors")
     write(adapter, first, to=layout, base=twins[family])
     convert_adapter(first, tmp_path / "back.safetensors", to="ours", base=twins[family])
@@ -105,6 +107,7 @@ def test_every_layout_comes_back(family, layout, twins, tmp_path):
     worst, where, _ = compare(adapter, back)
     assert worst < 1e-6, where
     assert back.layout == "ours"
+    assert adapter.metadata.items() <= back.metadata.items()
 
 
 def test_joined_layers_keep_their_rank_when_they_come_back(twins, tmp_path):
@@ -135,11 +138,11 @@ def test_dora_survives_where_the_layout_can_say_it(layout, twins, tmp_path):
 def test_dora_in_kohya_layout_is_refused_unless_asked_for(twins, tmp_path):
     """No two readers agree on it, so a user must choose it knowingly."""
     adapter = random_adapter(twins["sd1"], "dora")
-    with pytest.raises(InterchangeError, match="readers disagree") as refused:
+    with pytest.raises(InterchangeError, match="programs read it differently") as refused:
         write(adapter, tmp_path / "d.safetensors", to="kohya", base=twins["sd1"])
     assert "--allow-lossy" in refused.value.text()
     assert not list(tmp_path.iterdir())
-    with pytest.raises(InterchangeError, match="depends on the base: name it with --base"):
+    with pytest.raises(InterchangeError, match="depends on the base: give it with --base"):
         write(adapter, tmp_path / "d.safetensors", to="kohya", allow_lossy=True)
     done = write(adapter, tmp_path / "d.safetensors", to="kohya", base=twins["sd1"], allow_lossy=True)
     assert "LyCORIS" in done.notes[0]

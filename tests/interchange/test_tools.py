@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from finetune.adapters.files import AdapterFile
 from finetune.errors import ConfigError
 from finetune.families import load_family
 from finetune.interchange.adapter import InterchangeError
@@ -195,12 +197,16 @@ def test_a_merge_that_rounding_would_swallow_is_refused(tuned, tiny_base, tmp_pa
 
 
 def test_a_merge_can_be_written_in_another_number_format(tuned, tiny_base, tmp_path, capsys, monkeypatch):
-    """What a refusal advises must work: in fp32 nothing is lost, in bf16 everything is bf16, positions stay numbers."""
+    """What a refusal advises must work: in fp32 nothing is lost, in bf16 everything is bf16, positions stay numbers.
+
+    A file that is called fp16 and holds fp32 would be looked for in vain, so the name goes with the format.
+    """
     base = tmp_path / "fp16"
     shutil.copytree(tiny_base, base)
     file = next((base / "unet").glob("*.safetensors"))
     weights = {name: tensor.half() for name, tensor in load_file(file).items()} | {"position_ids": torch.arange(7)}
-    save_file(weights, file, metadata={"format": "pt"})
+    save_file(weights, file.with_suffix(".fp16.safetensors"), metadata={"format": "pt"})
+    file.unlink()
     config = base / "text_encoder" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float16"}))
     for name, wanted in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
@@ -272,7 +278,7 @@ def test_wrong_requests_are_answered_in_words(pair, tmp_path, capsys, monkeypatc
         ("convert", pair[0], out, "--to", "kohia"): ("did you mean kohya", 2),
         ("convert", tmp_path / "none.safetensors", out, "--to", "kohya"): ("cannot be read", 4),
         ("convert", pair[0], tmp_path / "o.bin", "--to", "kohya"): (".safetensors", 2),
-        ("diff", pair[0], tmp_path): ("without an adapter", 2),
+        ("diff", pair[0], tmp_path): ("contains no adapter", 2),
         ("extract", tmp_path / "x", tmp_path / "y", out): ("cannot be read", 4),
     }
     for arguments, (words, code) in cases.items():
@@ -317,11 +323,22 @@ def test_the_embedded_base_goes_by_its_name_as_in_a_run(demo_adapter, tmp_path, 
     assert facts["family"] == "sd1" and facts["unknown"] == [] and facts["methods"]["unet"]["lora"] > 10
 
 
+def test_adapters_of_the_embedded_base_name_it_themselves(demo_adapter, tmp_path, capsys, monkeypatch):
+    """The first adapters that anybody makes here are merged, resized and inspected without a word about the base."""
+    merged, small = tmp_path / "m.safetensors", tmp_path / "s.safetensors"
+    command(capsys, monkeypatch, "merge", f"{demo_adapter}@0.5", demo_adapter, "-o", merged)
+    command(capsys, monkeypatch, "resize", merged, small, "--rank", 2)
+    assert "the embedded base model" in command(capsys, monkeypatch, "inspect", small)
+    assert {update.rank for update in read_adapter(small).updates.values()} == {2}
+
+
 def test_no_spelling_is_guessed_for_a_base_of_no_published_size(demo_adapter, tmp_path, capsys, monkeypatch):
     """Names of the nearest published base would be written, and every reader would say "key not loaded"."""
-    target = tmp_path / "k.safetensors"
-    text = command(capsys, monkeypatch, "convert", demo_adapter, target, "--to", "kohya", expect=2)
-    assert "no published size" in text and "--base" in text and not target.exists()
-    command(capsys, monkeypatch, "convert", demo_adapter, target, "--to", "kohya", "--base", "demo")
+    file = AdapterFile.read(demo_adapter)
+    unnamed, target = tmp_path / "a.safetensors", tmp_path / "k.safetensors"
+    AdapterFile(file.tensors, replace(file.header, base="mine")).save(unnamed)
+    text = command(capsys, monkeypatch, "convert", unnamed, target, "--to", "kohya", expect=2)
+    assert "not a published model" in text and "--base" in text and not target.exists()
+    command(capsys, monkeypatch, "convert", unnamed, target, "--to", "kohya", "--base", "demo")
     assert all(name.startswith(("lora_unet_down_", "lora_unet_mid_", "lora_unet_up_")) for name in load_file(target))
     command(capsys, monkeypatch, "convert", target, tmp_path / "d.safetensors", "--to", "diffusers")

@@ -136,7 +136,7 @@ def test_a_port_that_is_taken_is_said_with_the_way_out(capsys, monkeypatch, fold
         taken.listen()
         port = taken.getsockname()[1]
         text = command(capsys, monkeypatch, "watch", folder, "--port", port, expect=2)
-    assert f"127.0.0.1:{port}: Address already in use" in text and "--port 0 takes any that is free" in text
+    assert f"127.0.0.1:{port}: Address already in use" in text and "--port 0 picks a free one" in text
 
 
 class Proxy(BaseHTTPRequestHandler):

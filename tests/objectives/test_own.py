@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,19 @@ def test_a_slip_of_the_pen_is_no_import_path() -> None:
     document = {"model": {"base": "demo"}, "data": {"folder": "photos"}, "output_dir": "runs/x"}
     with pytest.raises(ConfigError, match=r"did you mean min_snr\?.*a function of your own as module\.function"):
         make_run(document | {"objective": {"weighting": "minsnr"}})
+
+
+def test_an_edited_file_is_read_again_and_noted_as_what_was_run(module: str) -> None:
+    """In a notebook: train, edit, train again. Python imports once, and a wrong note would claim other code."""
+    file = Path(f"{module}.py")
+    first = build_objective(SD15, loss=f"{module}.loss")
+    file.write_text(RIGHT.replace("1.5", "2.5"))
+    second = build_objective(SD15, loss=f"{module}.loss")
+    x0, noise = torch.full((1, 4, 8, 8), 4.0), torch.zeros(1, 4, 8, 8)
+    losses = [float(built.loss(x0, x0, noise, torch.tensor([500]))) for built in (first, second, first)]
+    assert losses == pytest.approx([8.0, 32.0, 8.0]), "each asks what its file said when it was built"
+    digests = [hashlib.sha256(RIGHT.replace("1.5", power).encode()).hexdigest() for power in ("1.5", "2.5")]
+    assert [built.own_code()["objective.loss"] for built in (first, second)] == digests
+    file.write_text("raise RuntimeError('half written')")
+    with pytest.raises(ConfigError, match="half written"):
+        build_objective(SD15, loss=f"{module}.loss")

@@ -79,12 +79,69 @@ def test_the_notebook_runs(path, tmp_path, pictures, monkeypatch):
     assert (out / "exports" / "out.safetensors").is_file()
 
 
+COLAB_BEGINS = """
+import importlib, os, subprocess, sys
+from pathlib import Path
+
+content, site, root = map(Path, sys.argv[1:])
+sys.path[:0] = [str(content), str(content / "fakes")]
+sys.path.append(str(site))
+import google.colab, jupytext
+
+def pip(command, check):
+    print("ASKED", *command[3:])
+    if "install" in command:
+        for name in ("finetune", "data_tools"):
+            (site / name).symlink_to(root / name)
+
+cells = [cell.source for cell in jupytext.read(content / "finetune" / "notebook.py").cells if cell.cell_type == "code"]
+names = {"__name__": "__main__"}
+exec(cells[0], names)
+names.update(INSTALL_FROM=str(content / "finetune"), BASE="demo")
+subprocess.run = pip
+exec(cells[1], names)
+import finetune
+print("FOUND", finetune.__file__)
+"""
+"""The first cells, in an interpreter that starts in the folder of the clone; pip is the only thing replaced."""
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_the_notebook_installs_the_toolkit_beside_its_clone(path, tmp_path):
+    """Colab starts in /content, where the clone lies: a folder called finetune that can be imported and holds nothing.
+    """
+    content, site = tmp_path / "content", tmp_path / "site"
+    (content / "fakes" / "google" / "colab").mkdir(parents=True)
+    (content / "fakes" / "google" / "colab" / "__init__.py").write_text(COLAB)
+    (content / "finetune").mkdir()
+    for name in ("finetune", "data_tools"):
+        (content / "finetune" / name).symlink_to(ROOT / name)
+    (content / "finetune" / "notebook.py").symlink_to(path)
+    site.mkdir()
+    for installed in Path(jupytext.__file__).parents[1].iterdir():
+        if "finetune" not in installed.name:
+            (site / installed.name).symlink_to(installed)
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", COLAB_BEGINS, str(content), str(site), str(ROOT)], cwd=content,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    asked = [line for line in done.stdout.splitlines() if line.startswith("ASKED")]
+    address = (content / "finetune").as_uri()
+    assert asked == [f"ASKED --quiet install finetune[heic] @ {address}", "ASKED --quiet uninstall --yes torchao"]
+    assert f"FOUND {site}" in done.stdout
+
+
 def test_a_notebook_shows_what_to_mend_and_no_traceback():
     """A wrong folder, or a run stopped by its button, must not look like a crash of the program."""
-    cell = 'from finetune.errors import ConfigError\nraise ConfigError("It cannot start:", ["no pictures"])'
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)])
+    cells = [
+        f'from {where} import {error}\nraise {error}("It cannot start:", ["no pictures"])'
+        for where, error in (("finetune.errors", "ConfigError"), ("data_tools.errors", "DataToolsError"))
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     NotebookClient(notebook, timeout=60, kernel_name="python3", allow_errors=True).execute()
-    assert notebook.cells[0].outputs[0].traceback == ["It cannot start:", "  - no pictures"]
+    for cell in notebook.cells:
+        assert cell.outputs[0].traceback == ["It cannot start:", "  - no pictures"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

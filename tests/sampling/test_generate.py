@@ -8,6 +8,7 @@ from functools import partial
 
 import diffusers
 import numpy as np
+import peft
 import pytest
 import torch
 
@@ -176,6 +177,21 @@ def test_picture_that_is_not_finite_is_refused(base):
         components.denoiser.conv_out.bias.fill_(float("nan"))
     with pytest.raises(NumericError, match=r"prompt 0 \('a toy'\)"):
         generate(family, components, ["a toy"], seeds=[1], steps=1)
+
+
+def test_networks_of_a_finished_training_draw_as_they_are_and_take_no_adapter_beside(base):
+    """`generate(result.family, result.components, ...)` draws what was learned; the file on top would count twice."""
+    family, components = base
+    file = random_adapter(family, components, rank={"unet": 4}, alpha={"unet": 4.0}, preset="attention")
+    applied = generate(family, components, ["sks toy"], seeds=[1], steps=2, adapters=[(file, 1.0)])[0]
+    config = peft.LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
+    peft.inject_adapter_in_model(config, components.denoiser)
+    for name, tensor in file.tensors.items():
+        layer, _, factor = name.removeprefix("unet.").rpartition(".lora_")
+        getattr(components.denoiser.get_submodule(layer), f"lora_{factor[0]}").default.weight.data = tensor
+    assert apart(generate(family, components, ["sks toy"], seeds=[1], steps=2)[0], applied) <= 1
+    with pytest.raises(CheckpointError, match="carry an adapter already"):
+        generate(family, components, ["sks toy"], seeds=[1], steps=2, adapters=[(file, 1.0)])
 
 
 def test_adapter_of_another_base_is_refused(base):

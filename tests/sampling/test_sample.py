@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from finetune.demo import BASE_DIR
 from finetune.errors import ConfigError
 from finetune.families import load_family
-from finetune.interchange.conversion import convert_adapter
+from finetune.families.original_keys import to_original
+from finetune.interchange.commands import convert_adapter
 from finetune.prompt_lines import prompt_problems
 from finetune.sampling.again import OF_MODEL, SAME, model_again, wanted_again
 from finetune.sampling.generate import build_pipeline, generate
@@ -23,7 +24,7 @@ from finetune.sampling.papers import A1111_KEY, KEY, Shot, shot_of
 from finetune.sampling.weighting import emphasise, parse, plain
 from tests.conftest import command
 from tests.sampling.test_controlnet import controlnet_for
-from tests.tiny import BUILDERS, random_adapter
+from tests.tiny import BUILDERS, random_adapter, write_twin
 
 QUICK = ("--steps", "2", "--guidance", "3")
 
@@ -333,6 +334,36 @@ def test_papers_become_the_request_they_came_from():
     assert model_again(PAPERS, None).dtype == "fp32"
     with pytest.raises(ConfigError, match="say where it lies with --base"):
         model_again(PAPERS.model_copy(update={"base": "gone.safetensors"}), None)
+
+
+def test_a_base_in_parts_draws_and_is_found_again(sample, tmp_path):
+    """A file without text encoders, autoencoder or T5's tokenizer draws with what --set names, as in a recipe."""
+    folder = write_twin("flux", tmp_path / "flux")
+    family, parts = load_family(str(folder))
+    tensors = to_original(family.original["transformer"], "transformer", parts.denoiser, parts.denoiser.state_dict())
+    save_file(tensors, tmp_path / "unet-only.safetensors")
+    base = ("--base", tmp_path / "unet-only.safetensors")
+    told = [("vae", folder / "vae"), ("skeleton", folder)]
+    told += [(f"text_encoders.{name}", folder / name) for name in family.text_encoders]
+    said = [word for key, value in told for word in ("--set", f"model.{key}={value}")]
+    text, _ = sample("a cat", *base, expect=2)
+    assert "give one as model.vae=FILE_OR_FOLDER" in text
+    text, _ = sample("a cat", *base, "--set", "model.vea=x", "--set", "model.storage=host", "--set", "vae", expect=2)
+    assert "model.vea cannot be set here (did you mean model.vae?)" in text
+    assert "- fields that can be set: model.vae" in text
+    assert "model.storage cannot be set" in text and "--set vae: vae cannot be set" in text
+    assert "nor a hub id" in sample("a cat", "--set", "model.vae=no/vae.safetensors", expect=2)[0]
+    _, out = sample("a cat", *base, *said)
+    (made,) = out.glob("*.png")
+    first, kept = made.read_bytes(), made.rename(tmp_path / "first.png")
+    sample("--from", kept, *base, *said)
+    assert made.read_bytes() == first
+    text, _ = sample("--from", kept, *base, *said, "--set", "model.t5_tokens=30", expect=2)
+    assert "model.t5_tokens cannot be set here" in text
+    sample("a cat", "--base", folder)
+    (whole,) = (path for path in out.glob("*.png") if path != made)
+    # keep: weights that lie at other addresses may round differently in the last bit.
+    assert apart(Image.open(whole), Image.open(kept)) <= 1
 
 
 def test_files_beside_from_must_be_those_of_the_papers(tmp_path):

@@ -5,14 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from finetune import make_run, train
 from finetune.adapters.files import AdapterFile
 from finetune.errors import CheckpointError
-from finetune.tracking import read_metrics
+from finetune.tracking import Reporter, read_metrics
+from finetune.training import setup
 from finetune.training.checkpoint import checkpoint_adapter
 from finetune.training.history import History
-from finetune.training.validation import Ratio, Validator
+from finetune.training.resume import Resume
+from finetune.training.validation import Ratio, Validator, compare
 
 
 def ratio(value: float) -> Ratio:
@@ -80,3 +83,33 @@ def test_early_stop_keeps_the_best_and_stays_stopped(document, monkeypatch) -> N
     assert train(run).steps == 8
     assert (folder / "adapter.safetensors").read_bytes() == before
     assert [line["step"] for line in read_metrics(folder / "metrics.jsonl")][-1] == 8
+
+
+@pytest.mark.parametrize(("pictures", "told"), [(2, "0.500"), (3, "0.500 +- 0.000")])
+def test_two_pictures_give_no_error_estimate(pictures: int, told: str) -> None:
+    """Two losses that happen to be alike would look like certainty."""
+    base = torch.ones(pictures, 4)
+    assert str(compare(base / 2, base)) == told
+
+
+@pytest.mark.parametrize(
+    ("objective", "passes"),
+    [({}, 1), ({"weighting": "min_snr", "loss": "huber"}, 1), ({"density": "mode", "noise_range": (0.2, 0.8)}, 2)],
+)
+def test_runs_of_different_objectives_answer_one_question_too(document, objective, passes) -> None:
+    """Which loss teaches better cannot be told by either's own; the plain question costs nothing where it can."""
+    loop = setup.prepare(make_run(document | {"objective": objective}), Reporter(), Resume())
+    asked = []
+    loop.model.register_forward_hook(lambda *call: asked.append(call))
+    with torch.no_grad():
+        for parameter in loop.adapters.named_parameters().values():
+            parameter.add_(0.02)
+    own = loop.validator.measure(loop.model, loop.adapters, loop.accelerator)
+    assert len(asked) == 2 * passes * len(loop.pictures.holdout), "the base and the model, each picture"
+    if not objective:
+        assert own.plain is None and loop.objective.plain() is None
+        return
+    seed = loop.run.train.seed
+    plain = Validator(loop.pictures.holdout, loop.collator, loop.objective.plain(), quantiles=4, at_once=4, seed=seed)
+    assert own.plain == pytest.approx(plain.measure(loop.model, loop.adapters, loop.accelerator).value, rel=1e-6)
+    assert own.plain != pytest.approx(own.value, rel=1e-6)

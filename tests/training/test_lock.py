@@ -90,6 +90,12 @@ def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path: Path) -> None
         pass
 
 
+def test_a_folder_that_the_system_never_makes_is_told_as_such() -> None:
+    """Linux says "no such file" to who makes a folder in /proc, as it does when a folder vanishes in between."""
+    with pytest.raises(StorageError, match="cannot be made"), hold(Path("/proc/nobody/run")):
+        pass
+
+
 def test_a_refused_run_leaves_no_folder_behind(tmp_path: Path) -> None:
     """Folders that were made for the lock go with it; one with anything in it stays, and so does one that was there."""
     with pytest.raises(KeyError), hold(tmp_path / "runs" / "new"):

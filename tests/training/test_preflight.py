@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft.import_utils import is_torchao_available
 from torch import nn
 
 from finetune import make_run
@@ -47,6 +48,22 @@ def test_no_room_for_the_first_checkpoint_is_said_before_the_first_step(tmp_path
         preflight.check_disk(run, adapters)
 
 
+def test_a_torchao_that_peft_refuses_is_said_before_the_base_is_loaded(document, tmp_path: Path, monkeypatch) -> None:
+    """Colab and old images bring one; nothing here uses it, and PEFT would stop at the first layer."""
+    (tmp_path / "old" / "torchao-0.10.0.dist-info").mkdir(parents=True)
+    (tmp_path / "old" / "torchao-0.10.0.dist-info" / "METADATA").write_text("Name: torchao\nVersion: 0.10.0\n")
+    (tmp_path / "old" / "torchao.py").touch()
+    run = make_run(document)
+    preflight.check(run)
+    is_torchao_available.cache_clear()
+    with monkeypatch.context() as old:
+        old.syspath_prepend(tmp_path / "old")
+        with pytest.raises(ConfigError, match=r"version 0\.10\.0.*Nothing here needs torchao: `pip uninstall torchao`"):
+            preflight.check(run)
+    is_torchao_available.cache_clear()
+    preflight.check(run)
+
+
 def test_processes_that_do_not_find_each_other_are_refused(monkeypatch) -> None:
     """Each would train the whole run and write it into the same folder; so it is on Apple's GPUs."""
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -73,7 +90,7 @@ def test_a_launcher_that_started_one_process_of_several_is_told(monkeypatch, var
 
 
 def test_a_base_in_pieces_is_refused_what_it_cannot_do(document, monkeypatch) -> None:
-    """Before anything is loaded, all at once, each with the way out."""
+    """Before anything is loaded, all at once, each with the remedy."""
     document |= {"model": document["model"] | {"storage": "nf4"}, "samples": {"prompts": ["a sks dog"]}}
     preflight.check(make_run(document))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
@@ -175,7 +192,7 @@ def test_the_plan_says_what_a_run_will_take_and_leaves_nothing(document, tmp_pat
     for words in (
         "Base model tiny (sd1), fp32 on cpu", "8 pictures, 2 held out", "the base as teacher, weight 1, asked every 2",
         "Steps 4, up to 4 pictures each", "Base, frozen", "Optimizer state", "Activations and gradients", "Together",
-        "Encoding pictures, before",
+        "Encoding, before",
         "2 of", "at most, and one more while it is written", "--measure 5",
     ):  # fmt: skip
         assert words in text, words

@@ -90,10 +90,13 @@ def test_a_launchers_echo_is_no_second_signal(tmp_path: Path, monkeypatch) -> No
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_before_the_loop_a_signal_ends_at_once(tmp_path: Path) -> None:
-    """Nothing is lost while the base loads, so nobody waits for it."""
-    with requests_from_signals(Requests(tmp_path)), pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGTERM)
+@pytest.mark.parametrize("number", STOPPING)
+def test_before_the_loop_a_signal_ends_at_once(tmp_path: Path, number: signal.Signals) -> None:
+    """Nothing is lost while the base loads, so nobody waits for it; but a scheduler must read "again later" in 75."""
+    told = KeyboardInterrupt if number == signal.SIGINT else StoppedOnRequest
+    with pytest.raises(told) as caught, requests_from_signals(Requests(tmp_path)):
+        os.kill(os.getpid(), number)
+    assert number == signal.SIGINT or f"before the first step of this start ({number.name} came)" in str(caught.value)
 
 
 def test_what_one_of_two_processes_is_asked_both_do_at_the_same_step(tmp_path: Path) -> None:

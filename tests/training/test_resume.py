@@ -8,17 +8,22 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from shutil import rmtree
 
 import pytest
 import torch
+from PIL import Image, ImageOps
 
 from finetune import make_run, train
 from finetune.adapters.files import AdapterFile
+from finetune.data import prior as prior_module
 from finetune.errors import CheckpointError, ResourceError, StoppedOnRequest
+from finetune.run_files import dump_run
+from finetune.sampling.generate import generate
 from finetune.tracking import MetricsLog, Reporter, read_metrics
 from finetune.training import build, loop
 from finetune.training.ema import ScheduleFreeMean
-from finetune.training.resume import Resume
+from finetune.training.resume import Resume, refuse_other
 from tests.conftest import ROOT, command
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -53,7 +58,7 @@ def test_resume_must_and_never(document, tmp_path, capsys, monkeypatch) -> None:
 
 def test_changed_data_and_another_machine(document, tmp_path, monkeypatch) -> None:
     """Refused with the list, accepted on request; other numerics are said, or refused on request."""
-    from finetune.demo.world import write_subject_pictures
+    from finetune.demo.subjects import write_subject_pictures
 
     folder = tmp_path / "own"
     write_subject_pictures(folder, 4)
@@ -74,7 +79,7 @@ def test_changed_data_and_another_machine(document, tmp_path, monkeypatch) -> No
 
 def test_validation_pictures_may_move_but_not_change(document, tmp_path) -> None:
     """They decide about early stopping and the best checkpoint, so their content is compared, and not their folder."""
-    from finetune.demo.world import write_subject_pictures
+    from finetune.demo.subjects import write_subject_pictures
 
     write_subject_pictures(tmp_path / "training", 4)
     write_subject_pictures(tmp_path / "judged", 2)
@@ -89,6 +94,32 @@ def test_validation_pictures_may_move_but_not_change(document, tmp_path) -> None
         train(make_run(moved))
 
 
+def test_class_pictures_drawn_again_are_the_same_ones(document, tmp_path, monkeypatch) -> None:
+    """A disconnect loses them, the next GPU draws other last bits; only a picture that somebody edited is another."""
+    folder = tmp_path / "class"
+    prior = {"prompts": ["a robot"], "images": 2, "inference_steps": 2, "folder": str(folder)}
+    document = short(document)
+    run = make_run(document | {"data": document["data"] | {"prior": prior}})
+    train(run)
+    before = (folder / "class-00000.png").read_bytes()
+    rmtree(folder)
+    with monkeypatch.context() as other_gpu:
+        other_gpu.setattr(prior_module, "generate", lambda *args, **named: map(one_bit_off, generate(*args, **named)))
+        assert train(run).steps == 2
+    drawn = folder / "class-00000.png"
+    assert drawn.read_bytes() != before
+    ImageOps.mirror(Image.open(drawn)).save(drawn)
+    with pytest.raises(CheckpointError, match=r"(?s)Resume\(accept_data_change=True\).*class-00000\.png: the picture"):
+        train(run)
+
+
+def one_bit_off(picture: Image.Image) -> Image.Image:
+    """The same picture as another machine computes it."""
+    red, green, blue = picture.getpixel((3, 3))
+    picture.putpixel((3, 3), (red ^ 1, green, blue))
+    return picture
+
+
 def test_a_run_with_an_own_loss_goes_on_only_with_the_same_code(document, tmp_path, monkeypatch) -> None:
     """The name alone says nothing about what it computes."""
     monkeypatch.chdir(tmp_path)
@@ -100,6 +131,18 @@ def test_a_run_with_an_own_loss_goes_on_only_with_the_same_code(document, tmp_pa
     code.write_text(code.read_text().replace("** 3", "** 4"))
     with pytest.raises(CheckpointError, match=r"your own code: objective\.loss was"):
         train(run)
+
+
+@pytest.mark.parametrize(("schedule", "told"), [("constant", False), ("cosine", True)])
+def test_more_steps_are_blamed_only_where_the_schedule_forbids_them(document, schedule, told) -> None:
+    """A constant rate may go on for longer; there the advice to begin another run is wrong."""
+    before = make_run(document | {"optimizer": {"schedule": schedule, "learning_rate": 1e-3}})
+    longer = document["train"] | {"steps": 9}
+    after = make_run(document | {"optimizer": {"schedule": schedule, "learning_rate": 1e-4}, "train": longer})
+    with pytest.raises(CheckpointError) as caught:
+        refuse_other("checkpoint-000004", dump_run(before), after)
+    assert "learning_rate was 0.001" in str(caught.value)
+    assert ("to train longer" in str(caught.value)) == told
 
 
 def test_damage_is_told_with_the_steps_that_are_done_again(document) -> None:

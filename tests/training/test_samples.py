@@ -11,6 +11,7 @@ from PIL import Image
 from finetune import train
 from finetune.errors import ConfigError
 from finetune.run_files import make_run
+from finetune.sampling.grid import Row, contact_sheet
 from finetune.training import samples
 
 
@@ -38,6 +39,30 @@ def test_prompts_of_a_kohya_file_are_drawn_as_they_say_and_every_step_stands_in_
     train(run)
     assert not (folder / "step-000009").exists(), "a step that is done again may look otherwise"
     assert (folder / "steps.png").read_bytes() == before
+
+
+def test_a_prompt_that_comes_later_keeps_the_steps_before(document):
+    """Who goes on with one prompt more wants to see it beside what was drawn so far, not instead of it."""
+    asked = {"prompts": ["a sks robot", "a red circle"], "per_prompt": 1, "inference_steps": 2, "every": 2}
+    document |= {"samples": asked, "optimizer": {"schedule": "constant"}, "validation": {"every": 0}}
+    train(make_run(document))
+    asked |= {"prompts": ["a blue square", "a sks robot"]}
+    document["train"] |= {"steps": 6}
+    run = make_run(document)
+    train(run)
+    folder = run.output_dir / "samples"
+    expected = {
+        "base model": ["step-000000/000-0.png", "step-000000/001-0.png"],
+        "step 2": [None, "step-000002/000-0.png"],
+        "step 4": [None, "step-000004/000-0.png"],
+        "step 6": ["step-000006/000-0.png", "step-000006/001-0.png"],
+    }
+    rows = [
+        Row(label, [name and Image.open(folder / name).convert("RGB") for name in names])
+        for label, names in expected.items()
+    ]
+    with Image.open(folder / "steps.png") as sheet:
+        assert sheet.tobytes() == contact_sheet(rows, columns=asked["prompts"]).tobytes()
 
 
 @pytest.mark.parametrize("sheets", [1, 2, 12, 13, 100])

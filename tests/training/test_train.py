@@ -118,7 +118,7 @@ def test_another_run_does_not_move_in(document, pictures, tmp_path):
 
 def test_an_edited_caption_is_noticed(document, tmp_path):
     """Going on with other data would make the curve and the result meaningless."""
-    from finetune.demo.world import write_subject_pictures
+    from finetune.demo.subjects import write_subject_pictures
 
     folder = tmp_path / "own"
     write_subject_pictures(folder, 6)
@@ -210,7 +210,7 @@ def test_user_errors_are_words_not_tracebacks(document, tmp_path, capsys, monkey
 
 def test_a_broken_picture_is_named_before_the_base_is_trained(document, tmp_path):
     """All bad files at once, by name."""
-    from finetune.demo.world import write_subject_pictures
+    from finetune.demo.subjects import write_subject_pictures
 
     folder = tmp_path / "own"
     write_subject_pictures(folder, 4)

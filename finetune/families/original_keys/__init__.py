@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.errors import ConfigError
-from finetune.families.original_keys import clip, flux, mmdit, unet, vae
+from finetune.families.original_keys import clip, controlnet, flux, mmdit, unet, vae
 from finetune.families.original_keys.place import Place
 from finetune.families.text import canonical
 
@@ -115,6 +115,8 @@ UNET = Layout(unet.original, ("model.diffusion_model.",))
 LDM_VAE = Layout(vae.original, ("first_stage_model.", "vae.", ""))
 MMDIT = Layout(mmdit.original, ("model.diffusion_model.", ""))
 FLUX = Layout(flux.original, ("model.diffusion_model.", ""))
+CONTROLNET = Layout(controlnet.of_unet, ("control_model.", ""))
+XLABS = Layout(controlnet.of_flux, ("",))
 
 
 def plain(*prefixes: str) -> Layout:
@@ -133,6 +135,6 @@ def open_clip(*prefixes: str) -> Layout:
 
 
 __all__ = [
-    "FLUX", "INWARDS", "LDM_VAE", "MMDIT", "OUTWARDS", "UNET", "Layout", "Place", "config_of", "open_clip", "plain",
-    "to_original", "unprojected",
+    "CONTROLNET", "FLUX", "INWARDS", "LDM_VAE", "MMDIT", "OUTWARDS", "UNET", "XLABS", "Layout", "Place", "config_of",
+    "open_clip", "plain", "to_original", "unprojected",
 ]  # fmt: skip

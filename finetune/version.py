@@ -1,0 +1,3 @@
+"""The version of this toolkit, for everything that says what wrote it."""
+
+VERSION = "0.1.0"
