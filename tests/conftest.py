@@ -63,6 +63,8 @@ def pytest_collection_modifyitems(items):
 def command(capsys, monkeypatch, *arguments, expect: int = 0) -> str:
     """The user's command in this process (no second import of torch); what it printed, on one line."""
     monkeypatch.setattr(sys, "argv", ["finetune", *map(str, arguments)])
+    # keep: libraries of other tests (IPython) leave their own width in the environment.
+    monkeypatch.setenv("COLUMNS", "160")
     with pytest.raises(SystemExit) as ended:
         main()
     printed = capsys.readouterr()

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from finetune.interchange.inspection import Facts
 
 BAR = 28
-"""Characters of the longest bar."""
+"""Characters of the longest bar, where there is room."""
+OTHER_COLUMNS = 50
+"""Characters that the columns beside the bar take."""
 LISTED = 8
 COLOURS = {"yes": "green", "partly": "yellow", "no": "red"}
 
@@ -55,7 +57,7 @@ def inspect_file(
         return
     console = ConsoleReporter().console
     console.print(_summary(facts))
-    for table in (_coverage(facts), _strengths(facts), _loads_in(facts)):
+    for table in (_coverage(facts), _strengths(facts, console.width), _loads_in(facts)):
         if table.row_count:
             console.print(table)
     for note in facts.notes:
@@ -101,13 +103,15 @@ def _coverage(facts: Facts) -> Table:
     return table
 
 
-def _strengths(facts: Facts) -> Table:
+def _strengths(facts: Facts, width: int) -> Table:
+    """`width` is the console's, in characters: the bars take what the other columns leave."""
     table = _titled("Change per block (Frobenius norm; root mean square per weight)")
     for style, justify in (("cyan", "left"), ("", "left"), ("green", "left"), ("", "right"), ("dim", "right")):
-        table.add_column(style=style, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+        table.add_column(style=style, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    bar_length = max(4, min(BAR, width - OTHER_COLUMNS))
     longest = max((row.norm for row in facts.strengths), default=0.0) or 1.0
     for row in facts.strengths:
-        bar = "█" * max(1, round(BAR * row.norm / longest)) if row.norm else "·"
+        bar = "█" * max(1, round(bar_length * row.norm / longest)) if row.norm else "·"
         table.add_row(row.component, row.block, bar, f"{row.norm:.4g}", f"{row.rms:.2e}")
     return table
 

@@ -125,7 +125,7 @@ def diff(
     table = Table(title=Text(f"{second} against {first}"), title_justify="left", title_style="bold", box=None)
     for name, justify in (("network", "left"), ("block", "left"), ("cosine", "right"), ("norm ratio", "right"),
                           ("layers in both", "right"), ("only first", "right"), ("only second", "right")):  # fmt: skip
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for row in found.blocks:
         counts = [str(count) for count in (row.both, row.only_first, row.only_second)]
         table.add_row(row.component, row.block, f"{row.cosine:+.4f}", f"{row.ratio:.4g}", *counts)
