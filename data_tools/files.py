@@ -114,17 +114,17 @@ def storage_errors(path: Path) -> Iterator[None]:
     """Turn what the disk or its permissions refuse inside the block into words for the user.
 
     Raises:
-        StorageError: naming `path`, the reason and the free space.
+        StorageError: naming `path`, the reason and, where the disk is full, the free space.
     """
     try:
         yield
     except OSError as error:
         existing = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
-        free = shutil.disk_usage(existing).free
-        raise StorageError(
-            f"{shown(str(path))} cannot be written ({error.strerror or error}); {free:,} bytes are free in "
-            f"{shown(str(existing))}: free some space, mend the permissions, or choose another folder."
-        ) from error
+        advice = "check its permissions, or choose another folder"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(existing).free
+            advice = f"{free:,} bytes are free in {shown(str(existing))}: free some space, or choose another folder"
+        raise StorageError(f"{shown(str(path))} cannot be written ({error.strerror or error}); {advice}.") from error
 
 
 def _sync_folder(folder: Path) -> None:

@@ -137,7 +137,9 @@ def _settings(studio: Studio, model: ModelConfig, wanted: Wanted) -> dict[str, A
 
 def _slug(shot: Shot) -> str:
     words = re.sub(r"[^\w-]+", "-", shot.prompt, flags=re.ASCII).strip("-_").lower()[:48].strip("-_")
-    return f"{words or 'picture'}-s{shot.seed}-{shot.digest()[:8]}"
+    strengths = [f"{used.strength:g}" for used in shot.adapters]
+    told = f"-x{'x'.join(strengths)}" if set(strengths) - {"1"} else ""
+    return f"{words or 'picture'}-s{shot.seed}{told}-{shot.digest()[:8]}"
 
 
 def _tell(

@@ -10,7 +10,7 @@ from data_tools.captioners.kohya import kohya
 from data_tools.captioners.metadata import metadata
 from data_tools.captioners.sidecar import sidecar
 from data_tools.captioners.template import check_template, template
-from data_tools.errors import Problem, UsageError
+from data_tools.errors import Problem, UsageError, counted
 from data_tools.folder import Listing
 from data_tools.names import stem
 from data_tools.shelves import Shelf
@@ -113,13 +113,10 @@ def _name_the_uncaptioned(missing: Iterable[str], answer: Answer, captions: str)
 
 
 def _name_unused_sidecars(listing: Listing, answer: Answer) -> None:
+    unused, first = 0, ""
     for name in listing.sidecars if answer.orphans is None else answer.orphans:
         if listing.by_stem(stem(name)):
-            answer.problems.append(
-                Problem(
-                    name, "is not read", "captions were asked from elsewhere", "take it with --captions sidecar", "note"
-                )
-            )
+            unused, first = unused + 1, first or name
         else:
             answer.problems.append(
                 Problem(
@@ -130,3 +127,13 @@ def _name_unused_sidecars(listing: Listing, answer: Answer) -> None:
                     "warning",
                 )
             )
+    if unused:
+        answer.problems.append(
+            Problem(
+                "",
+                f"{counted(unused, 'caption file is', 'caption files are')} not read, such as {first}",
+                "captions are taken from elsewhere",
+                "to read them: --captions sidecar (in training data.captions=sidecar)",
+                "note",
+            )
+        )

@@ -26,7 +26,7 @@ from data_tools.records import ImageRecord
 from data_tools.scan import ScanResult
 from data_tools.scan import scan as scan_folder
 
-SHOWN_ROWS = 12
+SHOWN_ROWS = 40
 
 Fresh = Annotated[bool, typer.Option("--fresh", help="Decode everything again; otherwise unchanged pictures are not.")]
 Write = Annotated[

@@ -187,7 +187,8 @@ def _memory(folder: Path, background: Colour) -> tuple[Memory | None, list[Probl
     if reason is None:
         return memory, []
     why = "every start decodes every picture again"
-    return None, [Problem("", f"what is scanned cannot be remembered ({reason})", why, "make room there", "note")]
+    advice = "set FINETUNE_CACHE to a folder that can be written"
+    return None, [Problem("", f"what is scanned cannot be remembered: {reason}", why, advice, "note")]
 
 
 def _settle(folder: Path, record: ImageRecord, placement: Placement, reading: Reading) -> Picture:

@@ -26,6 +26,7 @@ import torch
 from data_tools.shelves import NamedShelf
 from finetune.data.store import Store, Tensors
 from finetune.errors import ResourceError, StorageError
+from finetune.tracking import file_size
 
 PIECE = 256
 """Entries per piece of work, and at most per shard."""
@@ -222,8 +223,8 @@ class _Work(Generic[T, L]):
         free = shutil.disk_usage(_existing(self._store.folder)).free
         if needed + DISK_RESERVE > free:
             raise StorageError(
-                f"The encoded {self._recipe.what} need about {needed:,} bytes in {self._store.folder}, and {free:,} "
-                "are free.",
+                f"The encoded {self._recipe.what} need about {file_size(needed)} in {self._store.folder}, and "
+                f"{file_size(free)} are free, of which {file_size(DISK_RESERVE)} are kept for checkpoints and logs.",
                 ["free some space, name another data.cache_folder, or look at `finetune cache FOLDER --check`"],
             )
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from data_tools.dedupe import Hashes, Looks, near_pairs, to_hashes
 from data_tools.errors import Problem, counted
 from finetune.data.dataset import Picture, shelf
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, DataError, first_few
 from finetune.rng import seed_for
 
 NEAR = 5
@@ -72,7 +72,23 @@ def split_holdout(
 
 
 def overlap(training: Sequence[Picture], validation: Sequence[Picture]) -> list[Problem]:
-    """A warning for every validation picture of which a near copy is trained on."""
+    """A warning for every validation picture of which a near copy is trained on.
+
+    Raises:
+        DataError: if pictures are in both, the same to the pixel: what they say of overfitting would be a lie.
+    """
+    held = {picture.pixel_sha256: picture.path for picture in validation}
+    same = [(held[p.pixel_sha256], p.path) for p in training if p.pixel_sha256 in held]
+    if same:
+        raise DataError(
+            f"{counted(len(same), 'picture is', 'pictures are')} in validation.folder and trained on as well, so "
+            "overfitting could not be seen:",
+            [
+                *first_few(f"{own.parent.name}/{own.name} shows the pixels of {theirs.name}" for own, theirs in same),
+                "remove them from one of the folders (`finetune data clean PHOTOS --against VALIDATION --write` does "
+                "it), or set validation.folder=null and validation.holdout to a number of pictures",
+            ],
+        )
     hashes, places = np.unique(_looks(training).straight, return_index=True)
     mine, theirs, _ = near_pairs(_looks(validation), _blind(hashes), NEAR)
     first: dict[int, int] = {}

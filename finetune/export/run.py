@@ -15,7 +15,7 @@ import torch
 from data_tools.errors import counted
 from finetune.adapters.files import AdapterFile
 from finetune.config import Run
-from finetune.errors import CheckpointError
+from finetune.errors import CheckpointError, ConfigError
 from finetune.export.errors import ExportError
 from finetune.export.exporting import FORMATS, Exported, export
 from finetune.export.gallery import samples_of
@@ -90,6 +90,11 @@ def export_run(
     installed = [_installed(item, wanted) for item in done]
     if refused:
         raise _with_command(refused, run_folder, run.export.dtype)
+    if program and not any(item.format in wanted for item in done):
+        raise ConfigError(
+            f"Nothing was installed into {program}: it does not read {', '.join(item.format for item in done)}.",
+            [f"the files are in {target}"],
+        )
     return installed
 
 

@@ -163,7 +163,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(folder, 
     monkeypatch.setattr("finetune.data.fill.shutil.disk_usage", lambda path: free)
     assert encoded(folder, tmp_path / "fits")[0] == 4
     free.free = 64 * 2**20
-    with pytest.raises(StorageError, match=r"need about [\d,]+ bytes .* 67,108,864 are free"):
+    with pytest.raises(StorageError, match=r"need about [\d.]+ \w+ in .* 67\.1 MB are free, of which 67\.1 MB"):
         encoded(folder, tmp_path / "small")
     assert not list((tmp_path / "small").rglob("*.safetensors"))
 

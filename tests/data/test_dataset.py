@@ -181,6 +181,17 @@ def test_a_validation_folder_that_overlaps_is_told(copies, tmp_path):
     assert [p.file_name for p in found] == ["validation/copy.webp"] and "6.png" in found[0].what
 
 
+def test_a_picture_in_both_folders_is_refused(copies, tmp_path):
+    """Fault 45: the same pixels in training and validation make every validation figure a lie."""
+    other = tmp_path / "validation"
+    other.mkdir()
+    Image.open(copies / "6.png").save(other / "saved again.png", optimize=True)
+    with pytest.raises(DataError, match=r"1 picture is in validation\.folder and trained on") as caught:
+        overlap(drawings(copies), drawings(other))
+    assert "validation/saved again.png shows the pixels of 6.png" in caught.value.text()
+    assert "--against" in caught.value.text() and caught.value.exit_code == 3
+
+
 def test_class_rows_are_never_held_out(folder):
     """Validation asks about the subject."""
     rows(folder, {"role": "class"}, {}, {}, {})

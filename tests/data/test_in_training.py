@@ -50,6 +50,10 @@ def everything(document, tmp_path):
     mask[: size[1] // 2] = 255
     Image.fromarray(mask).save(folder / "masks" / masked)
     write_subject_pictures(tmp_path / "validation", 2)
+    for path in (tmp_path / "validation").glob("*.png"):
+        picture = Image.open(path).convert("RGB")
+        picture.putpixel((0, 0), (1, 2, 3))
+        picture.save(path)
     document["data"] = {
         "folder": str(folder), "trigger": "sks", "shuffle_caption": True, "keep_tokens": 1, "tag_dropout": 0.2,
         "caption_dropout": 0.1, "caption_variants": 3, "flip": True, "crop": "random", "color_jitter": 0.1,
@@ -69,7 +73,7 @@ def test_everything_at_once_trains_resumes_and_is_told(everything, tmp_path):
     assert listener.rows["Masks"] == "1 of 5 pictures; outside counts 0.1"
     assert listener.rows["Class"] == "1 picture, weight 1"
     assert any("no mask for" in line for line in listener.warned)
-    assert any("nearly the same" in line for line in listener.warned), "the validation pictures are the training ones"
+    assert any("nearly the same" in line for line in listener.warned), "the validation pictures differ in one pixel"
     assert whole.judged_on.startswith("2 held-out")
     cache = {path: path.stat().st_size for path in (tmp_path / "whole" / "cache").rglob("shard-*")}
     assert {path.parent.name for path in cache} == {"latents", "masks", "text"}

@@ -199,6 +199,6 @@ def test_without_a_manifest_read_says_how_to_make_one(tmp_path, save):
 def test_what_the_disk_refuses_is_the_disks_answer(written):
     """Exit code 5 as everywhere else, so that a script can tell a full or read-only disk from a bad picture."""
     folder, records = written
-    with pytest.raises(StorageError, match=r"gone/metadata\.jsonl cannot be written .* bytes are free") as caught:
+    with pytest.raises(StorageError, match=r"gone/metadata\.jsonl cannot be written .*check its permissions") as caught:
         manifest.write(folder / "gone", records)
     assert caught.value.exit_code == 5
