@@ -82,7 +82,7 @@ def test_validation_pictures_may_move_but_not_change(document, tmp_path) -> None
     from finetune.demo.subjects import write_subject_pictures
 
     write_subject_pictures(tmp_path / "training", 4)
-    write_subject_pictures(tmp_path / "judged", 2)
+    write_subject_pictures(tmp_path / "judged", 2, seed=5)
     document = short(document) | {"data": {"folder": str(tmp_path / "training")}, "optimizer": {"schedule": "constant"}}
     train(make_run(document | {"validation": {"every": 2, "folder": str(tmp_path / "judged")}}))
     (tmp_path / "judged").rename(tmp_path / "elsewhere")
