@@ -109,5 +109,5 @@ def _all(*checks: Callable[[], object]) -> None:
     if len(found) == 1:
         raise found[0]
     if found:
-        told = [" ".join((error.headline, *error.problems)) for error in found]
+        told = [" ".join((error.headline, "; ".join(error.problems))).strip() for error in found]
         raise type(found[0])("The command cannot start, for several reasons:", told)
