@@ -25,6 +25,7 @@ import torch
 
 from data_tools.shelves import NamedShelf
 from finetune.data.store import Store, Tensors
+from finetune.devices import out_of_memory
 from finetune.errors import ResourceError, StorageError
 from finetune.tracking import file_size
 
@@ -194,7 +195,7 @@ class _Work(Generic[T, L]):
         try:
             made = self._recipe.make([self._item(key) for key in keys], [loaded for _, loaded in batch])
         except (RuntimeError, MemoryError) as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             if len(batch) == 1:
                 raise ResourceError(
@@ -245,11 +246,6 @@ def _ahead(keys: Sequence[str], load: Callable[[str], L], count: int) -> Iterato
     finally:
         # keep: cancel, or an error or Ctrl-C would first load the rest.
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    """Of the accelerator, of the CPU allocator (which raises a plain RuntimeError), or of Python."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def _size(entries: dict[str, Tensors]) -> int:
