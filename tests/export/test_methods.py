@@ -11,14 +11,17 @@ from diffusers import StableDiffusionPipeline
 
 from finetune.adapters.files import TOKENS, AdapterFile
 from finetune.adapters.methods import METHODS
+from finetune.errors import ConfigError
 from finetune.export.adapter import carried_by
 from finetune.export.errors import ExportError
 from finetune.export.exporting import export
 from finetune.export.interchange import architecture, to_interchange
 from finetune.export.job import Job, ModelInfo
+from finetune.export.run import export_run
 from finetune.families import load_family
 from finetune.interchange.carrying import CARRIERS, automatic, obstacles
 from finetune.interchange.reading import read_adapter
+from finetune.run_files import make_run
 from finetune.storage import read_safetensors
 from tests.campaigns.export import trained
 from tests.tiny import random_adapter, write_twin
@@ -107,6 +110,22 @@ def test_without_named_formats_an_adapter_is_exported_in_what_stores_it(adapters
     """A LoHa is nothing for diffusers' loader; a run that was paid for must not end without a file for that."""
     done = export(*adapters("sd1", "loha"), tmp_path, name="toy")
     assert [item.format for item in done] == ["kohya", "peft"]
+
+
+def test_a_program_that_reads_none_of_the_written_formats_is_told_of(adapters, tmp_path, tmp_path_factory):
+    """SD3's fused layers leave a LoKr only PEFT, which is known once the base is loaded; no silence then."""
+    file, _, components = adapters("sd3", "lokr")
+    run_folder = tmp_path / "run"
+    run_folder.mkdir()
+    dataclasses.replace(file, header=dataclasses.replace(file.header, base_digest=components.digest)).save(
+        run_folder / "adapter.safetensors"
+    )
+    base = tmp_path_factory.getbasetemp() / "base-sd3"
+    run = make_run({"model": {"base": str(base)}, "data": {"folder": str(tmp_path)}, "output_dir": str(run_folder)})
+    (tmp_path / "models" / "loras").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"Nothing was installed into comfyui:.* does not read peft"):
+        export_run(run_folder, run, program=f"comfyui:{tmp_path}")
+    assert (run_folder / "exports" / "peft").is_dir() and not list((tmp_path / "models" / "loras").iterdir())
 
 
 def test_a_loss_that_is_allowed_is_measured_and_told(adapters, tmp_path):
