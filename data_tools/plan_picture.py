@@ -38,9 +38,11 @@ def draw_plan(records: Sequence[ImageRecord], placements: Sequence[Placement]) -
         (24, 50), f"{counted(samples, 'sample')} per epoch; grey is cropped away", FAINT, ImageFont.load_default(LABEL)
     )
     longest = max((max(row.bucket) for row in rows), default=1)
+    reach = max((_reach(placement) for placement in placements if placement.zoomed), default=1.0)
+    scale = min((CELL[0] - 80) / longest, (min(CELL[0], CELL[1] - 86) - 12) / 2 / reach)
     for place, row in enumerate(rows):
         corner = (20 + place % columns * CELL[0], 80 + place // columns * CELL[1])
-        _draw_bucket(sheet, corner, row, members[row.bucket], (CELL[0] - 80) / longest)
+        _draw_bucket(sheet, corner, row, members[row.bucket], scale)
     return sheet
 
 
@@ -55,6 +57,12 @@ def save_plan(records: Sequence[ImageRecord], placements: Sequence[Placement], p
     except OSError as error:
         raise StorageError(f"{shown(str(path))} cannot be written ({error.strerror or error}).") from error
     return path
+
+
+def _reach(placement: Placement) -> float:
+    """From the middle of the bucket to the farthest edge of the resized picture, pixels."""
+    sides = zip(placement.bucket, placement.crop_top_left, placement.resize, strict=True)
+    return max(max(start + size / 2, whole - start - size / 2) for size, start, whole in sides)
 
 
 def _draw_bucket(

@@ -293,6 +293,18 @@ def test_the_plan_as_a_picture(tmp_path):
         save_plan(records, placements, tmp_path / "nowhere" / "plan.png")
 
 
+def test_a_zoomed_picture_is_drawn_whole_around_its_bucket():
+    """Cut off at the field's edge, 97 % that are cropped away would look like a narrow frame."""
+    from data_tools.buckets import Placement
+    from data_tools.plan_picture import CELL, draw_plan
+
+    placement = Placement((256, 256), (1800, 1200), (1400, 100), 0.97)
+    pixels = np.asarray(draw_plan([ImageRecord("a.png", 1200, 1800, ("x",))], [placement]))[80 : CELL[1] - 4]
+    rows = (pixels != 255).any(axis=(1, 2)).nonzero()[0]
+    blue = (pixels == (37, 99, 235)).all(axis=-1).any(axis=1).sum()
+    assert (rows.max() - rows.min() + 1) / blue == pytest.approx(1800 / 256, rel=0.1)
+
+
 def test_the_command_knows_presets_pictures_and_json(run, tmp_path, save):
     """For people, for eyes, for programs; a list and numbers beside it are a contradiction."""
     save("a.png", 1400, 1000, 1, caption="a")
